@@ -1,0 +1,81 @@
+"""Bad input: one place that names what came and what was expected.
+
+Every check runs before anything is computed, so a call that fails leaves the running statistics
+as they were.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_rank(input: Tensor, ranks: Sequence[int]) -> None:
+    if input.dim() not in ranks:
+        expected = " or ".join(f"{rank}D" for rank in ranks)
+        raise ValueError(
+            f"expected {expected} input, got {input.dim()}D input of shape {tuple(input.shape)}"
+        )
+
+
+def check_real(input: Tensor) -> None:
+    if not input.is_floating_point():
+        hint = "; for complex input see ComplexBatchNorm" if input.is_complex() else ""
+        raise TypeError(f"expected a real floating-point tensor, got {input.dtype}{hint}")
+
+
+def check_complex(input: Tensor) -> None:
+    if not input.is_complex():
+        raise TypeError(
+            f"expected a complex tensor, got {input.dtype}; "
+            "for separate real and imaginary parts pass both: bn(re, im)"
+        )
+
+
+def check_pair(real: Tensor, imag: Tensor) -> None:
+    for part in (real, imag):
+        check_real(part)
+    if real.shape != imag.shape or real.dtype != imag.dtype or real.device != imag.device:
+        raise ValueError(
+            "expected real and imaginary parts of one shape, dtype and device, got "
+            f"{tuple(real.shape)} {real.dtype} on {real.device} and "
+            f"{tuple(imag.shape)} {imag.dtype} on {imag.device}"
+        )
+
+
+def check_channels(input: Tensor, num_features: int) -> None:
+    if input.dim() < 2:
+        raise ValueError(
+            f"expected input of shape (N, C, ...), got {input.dim()}D input of shape "
+            f"{tuple(input.shape)}"
+        )
+    if input.shape[1] != num_features:
+        raise ValueError(
+            f"expected {num_features} channels in dimension 1, got {input.shape[1]} "
+            f"(input of shape {tuple(input.shape)})"
+        )
+
+
+def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    """An absent (None) weight, bias or statistic is allowed; a misshapen one is not."""
+    if tensor is not None and tuple(tensor.shape) != shape:
+        raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_statistics_given(training: bool, **statistics: Tensor | None) -> None:
+    missing = [name for name, value in statistics.items() if value is None]
+    if missing and not training:
+        raise ValueError(f"expected {' and '.join(missing)} when training=False, got None")
+
+
+def check_enough_values(input: Tensor) -> int:
+    """The number of values per channel, which in training must be two or more.
+
+    One value has no spread: its biased variance is 0 and the unbiased one 0/0.
+    """
+    count = input.numel() // max(input.shape[1], 1)
+    if count < 2:
+        raise ValueError(
+            "expected more than 1 value per channel when training, got "
+            f"{count} (input of shape {tuple(input.shape)})"
+        )
+    return count

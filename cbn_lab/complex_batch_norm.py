@@ -1,0 +1,220 @@
+"""Batch normalisation of complex input: the naive form and the whitening one.
+
+Trabelsi et al., *Deep Complex Networks*, ICLR 2018, section 3.5. A complex value is a point in
+the plane. The naive layers scale its two coordinates apart; the whitening layers turn the cloud
+of all values of a channel into a round one:
+
+    y = Γ·V^(−1/2)·(x − μ) + β,     x = (re, im)
+
+A layer takes a complex tensor and returns one, or takes a pair of real ones and returns a pair.
+Its statistics and parameters are real: DDP over NCCL cannot broadcast complex buffers.
+"""
+
+import math
+
+import torch
+from jaxtyping import Complex, Float
+from torch import Tensor
+
+from cbn_lab import checks
+from cbn_lab.batch_norm import NormBase, batch_norm, per_channel, reduced_dims
+from cbn_lab.running_stats import bessel, update_
+from cbn_lab.whitening import symmetric, whitening_matrix
+
+Pair = tuple[Float[Tensor, "N C *spatial"], Float[Tensor, "N C *spatial"]]
+
+
+def moments(re: Tensor, im: Tensor) -> tuple[Float[Tensor, "C 2"], Float[Tensor, "C 3"]]:
+    """Mean (re, im) and biased covariance (rr, ii, ri) of each channel.
+
+    Centred before multiplying: E[x²] − E[x]² would cancel where the mean is large.
+    """
+    dims = reduced_dims(re)
+    mean = torch.stack([re.mean(dims), im.mean(dims)], -1)
+    re, im = re - per_channel(mean[:, 0], re), im - per_channel(mean[:, 1], im)
+    covar = [(re * re).mean(dims), (im * im).mean(dims), (re * im).mean(dims)]
+    return mean, torch.stack(covar, -1)
+
+
+def whiten(
+    re: Tensor,
+    im: Tensor,
+    mean: Float[Tensor, "C 2"],
+    covar: Float[Tensor, "C 3"],
+    weight: Float[Tensor, "C 3"] | None,
+    bias: Float[Tensor, "C 2"] | None,
+    eps: float,
+) -> Pair:
+    """y = A·(x − μ) + β with A = Γ·V^(−1/2): one linear map of the plane per channel."""
+    a = whitening_matrix(covar, eps)
+    if weight is not None:
+        a = symmetric(weight) @ a
+    re, im = re - per_channel(mean[:, 0], re), im - per_channel(mean[:, 1], im)
+    out_re = per_channel(a[:, 0, 0], re) * re + per_channel(a[:, 0, 1], im) * im
+    out_im = per_channel(a[:, 1, 0], re) * re + per_channel(a[:, 1, 1], im) * im
+    if bias is not None:
+        out_re = out_re + per_channel(bias[:, 0], re)
+        out_im = out_im + per_channel(bias[:, 1], im)
+    return out_re, out_im
+
+
+def complex_batch_norm(
+    input: Complex[Tensor, "N C *spatial"] | Pair,
+    running_mean: Float[Tensor, "C 2"] | None,
+    running_covar: Float[Tensor, "C 3"] | None,
+    weight: Float[Tensor, "C 3"] | None = None,
+    bias: Float[Tensor, "C 2"] | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Complex[Tensor, "N C *spatial"] | Pair:
+    """Whiten each channel by the 2×2 covariance of its real and imaginary part.
+
+    Args:
+        input: (N, C, ...) complex, or a pair of real tensors of that shape. All is computed in
+            float64: where the parts are nearly proportional, float32 loses every digit.
+        running_mean, running_covar: (C, 2) and (C, 3), or None; updated in place when training.
+            The covariance is stored unbiased, in the order rr, ii, ri, and without eps.
+        weight: (C, 3): the symmetric Γ as rr, ii, ri; None for the identity.
+        bias: (C, 2): β; None for 0.
+        training, momentum, eps: as in :func:`cbn_lab.functional.batch_norm`.
+
+    Raises:
+        ValueError: wrong shapes, one value per channel in training, no statistics in evaluation.
+        TypeError: a real tensor where a complex one is due.
+    """
+    parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
+    re, im = (part.double() for part in parts)
+    if training:
+        mean, covar = moments(re, im)
+        if running_mean is not None:
+            update_(running_mean, mean, momentum)
+        if running_covar is not None:
+            update_(running_covar, covar * bessel(checks.check_enough_values(re)), momentum)
+    else:
+        mean, covar = running_mean.double(), running_covar.double()
+    weight, bias = (None if p is None else p.double() for p in (weight, bias))
+    out = (y.to(parts[0].dtype) for y in whiten(re, im, mean, covar, weight, bias, eps))
+    return tuple(out) if isinstance(input, tuple) else torch.complex(*out)
+
+
+def check_arguments(
+    input: Tensor | Pair,
+    running_mean: Tensor | None,
+    running_covar: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+) -> Pair:
+    """The real and the imaginary part, once everything has been found as it must be."""
+    re, im = split(input)
+    checks.check_channels(re, channels(re, running_mean, running_covar, weight, bias))
+    rows = dict(running_mean=2, running_covar=3, weight=3, bias=2)
+    given = (running_mean, running_covar, weight, bias)
+    for (name, length), tensor in zip(rows.items(), given, strict=True):
+        checks.check_shape(name, tensor, (re.shape[1], length))
+    checks.check_statistics_given(
+        training, running_mean=running_mean, running_covar=running_covar
+    )
+    if training:
+        checks.check_enough_values(re)
+    return re, im
+
+
+def channels(re: Tensor, *given: Tensor | None) -> int:
+    """The channel count that the first of the given per-channel tensors asks for."""
+    return next((len(tensor) for tensor in given if tensor is not None), re.shape[1:2].numel())
+
+
+def split(input: Tensor | Pair) -> Pair:
+    if isinstance(input, (tuple, list)):
+        checks.check_pair(*input)
+        return tuple(input)
+    checks.check_complex(input)
+    return input.real, input.imag
+
+
+def naive_complex_batch_norm(
+    input: Complex[Tensor, "N C *spatial"] | Pair,
+    running_mean: Float[Tensor, "C 2"] | None,
+    running_var: Float[Tensor, "C 2"] | None,
+    weight: Float[Tensor, "C 2"] | None = None,
+    bias: Float[Tensor, "C 2"] | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Complex[Tensor, "N C *spatial"] | Pair:
+    """Real batch norm of the real and of the imaginary parts, as 2C channels."""
+    re, im = split(input)
+    # (N, C, ...) twice -> (N, 2C, ...) with the parts of a channel side by side, as in (C, 2).
+    stacked = torch.stack([re, im], 2).flatten(1, 2)
+    state = (None if t is None else t.view(-1) for t in (running_mean, running_var, weight, bias))
+    out = batch_norm(stacked, *state, training=training, momentum=momentum, eps=eps)
+    out = out.unflatten(1, (-1, 2)).unbind(2)
+    return out if isinstance(input, (tuple, list)) else torch.complex(*out)
+
+
+class _ComplexNormBase(NormBase):
+    function = None  # the functional form that a subclass runs
+
+    def forward(
+        self,
+        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
+        imag: Float[Tensor, "N C *spatial"] | None = None,
+    ) -> Complex[Tensor, "N C *spatial"] | Pair:
+        """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
+        value = input if imag is None else (input, imag)
+        self.check_input(split(value)[0])
+        return self.run(type(self).function, value)
+
+
+class _NaiveComplexBatchNorm(_ComplexNormBase):
+    function = naive_complex_batch_norm
+    initial_parameters = {"weight": (1.0, 1.0), "bias": (0.0, 0.0)}
+    initial_statistics = {"running_mean": (0.0, 0.0), "running_var": (1.0, 1.0)}
+
+
+class _ComplexBatchNorm(_ComplexNormBase):
+    function = complex_batch_norm
+    # 1/√2 twice: whitened parts have variance 1 each, so this Γ makes the total variance 1.
+    initial_parameters = {"weight": (math.sqrt(0.5), math.sqrt(0.5), 0.0), "bias": (0.0, 0.0)}
+    initial_statistics = {
+        "running_mean": (0.0, 0.0),
+        "running_covar": (math.sqrt(0.5), math.sqrt(0.5), 0.0),
+    }
+
+
+class NaiveComplexBatchNorm1d(_NaiveComplexBatchNorm):
+    """Real and imaginary parts normalised apart: complex (N, C) or (N, C, L)."""
+
+    ranks = (2, 3)
+
+
+class NaiveComplexBatchNorm2d(_NaiveComplexBatchNorm):
+    """Real and imaginary parts normalised apart: complex (N, C, H, W)."""
+
+    ranks = (4,)
+
+
+class NaiveComplexBatchNorm3d(_NaiveComplexBatchNorm):
+    """Real and imaginary parts normalised apart: complex (N, C, D, H, W)."""
+
+    ranks = (5,)
+
+
+class ComplexBatchNorm1d(_ComplexBatchNorm):
+    """Whitening by the 2×2 covariance: complex (N, C) or (N, C, L)."""
+
+    ranks = (2, 3)
+
+
+class ComplexBatchNorm2d(_ComplexBatchNorm):
+    """Whitening by the 2×2 covariance: complex (N, C, H, W)."""
+
+    ranks = (4,)
+
+
+class ComplexBatchNorm3d(_ComplexBatchNorm):
+    """Whitening by the 2×2 covariance: complex (N, C, D, H, W)."""
+
+    ranks = (5,)

@@ -1,0 +1,1 @@
+"""What keeps the graph alive: inspection, guard, diagnosis, memory, checklist."""
