@@ -117,9 +117,7 @@ class BatchNormFunction(torch.autograd.Function):
         constants = (None, None) if training else (running_mean.clone(), running_var.clone())
         ctx.save_for_backward(input, weight, *constants)
         ctx.training, ctx.eps, ctx.has_bias = training, eps, bias is not None
-        return batch_norm(
-            input, running_mean, running_var, weight, bias, training, momentum, eps
-        )
+        return batch_norm(input, running_mean, running_var, weight, bias, training, momentum, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

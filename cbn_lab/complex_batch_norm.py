@@ -113,9 +113,7 @@ def check_arguments(
     given = (running_mean, running_covar, weight, bias)
     for (name, length), tensor in zip(rows.items(), given, strict=True):
         checks.check_shape(name, tensor, (re.shape[1], length))
-    checks.check_statistics_given(
-        training, running_mean=running_mean, running_covar=running_covar
-    )
+    checks.check_statistics_given(training, running_mean=running_mean, running_covar=running_covar)
     if training:
         checks.check_enough_values(re)
     return re, im
