@@ -118,7 +118,8 @@ def whitening(
     ax, said = _axes(ax), []
     if points is not None:
         shown = normalised(z, points)[:: max(1, len(z) // 1000)]  # more would only be ink
-        ax.plot(shown.real, shown.imag, ".", ms=3, alpha=0.35, color=STAGES[points][0], zorder=1)
+        colour = PALETTE["grey"] if points == "input" else STAGES[points][0]
+        ax.plot(shown.real, shown.imag, ".", ms=3, alpha=0.35, color=colour, zorder=1)
     for stage in stages:
         values = normalised(z, stage)
         colour, line = STAGES[stage]
