@@ -54,6 +54,7 @@ def batch_norm(
         TypeError: input that is not real.
     """
     check_arguments(input, running_mean, running_var, weight, bias, training)
+    checks.check_eps(eps, training)
     x = input.to(working_dtype(input.dtype))
     if training:
         mean, var = moments(x)
@@ -200,15 +201,19 @@ class NormBase(nn.Module):
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        bias: bool = True,
     ) -> None:
         super().__init__()
+        dtype = checks.check_construction(num_features, dtype)
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
         self.track_running_stats = track_running_stats
         for name, initial in self.initial_parameters.items():
-            value = self._filled(initial, device, dtype) if affine else None
+            present = affine and (bias or name != "bias")
+            value = self._filled(initial, device, dtype) if present else None
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         for name, initial in self.initial_statistics.items():
             value = self._filled(initial, device, dtype) if track_running_stats else None
@@ -217,7 +222,7 @@ class NormBase(nn.Module):
         self.register_buffer("num_batches_tracked", count)
 
     def _filled(self, initial: Any, device: Any, dtype: torch.dtype | None) -> Tensor:
-        row = torch.tensor(initial, device=device, dtype=dtype or torch.get_default_dtype())
+        row = torch.tensor(initial, device=device, dtype=dtype)
         return row.expand(self.num_features, *row.shape).clone()
 
     @torch.no_grad()
@@ -232,7 +237,8 @@ class NormBase(nn.Module):
         self.reset_running_stats()
         if self.affine:
             for name, initial in self.initial_parameters.items():
-                getattr(self, name).copy_(torch.tensor(initial))
+                if getattr(self, name) is not None:
+                    getattr(self, name).copy_(torch.tensor(initial))
 
     def check_input(self, input: Tensor) -> None:
         checks.check_rank(input, self.ranks)
@@ -260,22 +266,21 @@ class NormBase(nn.Module):
             self.num_batches_tracked.add_(1)
         return output
 
-    def average_factor(self) -> float:
+    def average_factor(self) -> float | Tensor:
         """The weight of the batch at hand, which has not been counted yet."""
-        if self.momentum is not None:
-            return self.momentum  # reading num_batches_tracked would wait for the device
-        return average_factor(None, int(self.num_batches_tracked) + 1)
+        return average_factor(self.momentum, self.num_batches_tracked + 1)
 
     def extra_repr(self) -> str:
         return (
             f"{self.num_features}, eps={self.eps}, momentum={self.momentum}, "
-            f"affine={self.affine}, track_running_stats={self.track_running_stats}"
+            f"affine={self.affine}, bias={self.bias is not None}, "
+            f"track_running_stats={self.track_running_stats}"
         )
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
         key = prefix + "num_batches_tracked"
         if (local_metadata.get("version") or 1) < 2 and self.track_running_stats:
-            state_dict.setdefault(key, torch.tensor(0, dtype=torch.long))
+            state_dict.setdefault(key, self.num_batches_tracked)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 

@@ -4,9 +4,31 @@ Every check runs before anything is computed, so a call that fails leaves the ru
 as they were.
 """
 
+import operator
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+
+def check_construction(num_features: int, dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype of parameters and statistics, which is real."""
+    try:
+        count = operator.index(num_features)
+    except TypeError:
+        raise TypeError(f"expected num_features to be an int, got {num_features!r}") from None
+    if count < 0:
+        raise ValueError(f"expected num_features to be 0 or more, got {num_features}")
+    dtype = torch.get_default_dtype() if dtype is None else dtype
+    if not dtype.is_floating_point:
+        raise TypeError(f"expected dtype to be a real floating-point type, got {dtype}")
+    return dtype
+
+
+def check_eps(eps: float, training: bool) -> None:
+    if eps < 0 or (training and eps == 0):
+        least = "more than 0 in training" if training else "0 or more"
+        raise ValueError(f"expected eps to be {least}, got {eps}")
 
 
 def check_rank(input: Tensor, ranks: Sequence[int]) -> None:
@@ -57,7 +79,11 @@ def check_channels(input: Tensor, num_features: int) -> None:
 
 def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     """An absent (None) weight, bias or statistic is allowed; a misshapen one is not."""
-    if tensor is not None and tuple(tensor.shape) != shape:
+    if tensor is None:
+        return
+    if not tensor.is_floating_point():
+        raise TypeError(f"expected {name} of a real floating-point type, got {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}")
 
 

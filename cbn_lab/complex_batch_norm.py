@@ -84,6 +84,7 @@ def complex_batch_norm(
         TypeError: a real tensor where a complex one is due.
     """
     parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
+    checks.check_eps(eps, training)
     re, im = (part.double() for part in parts)
     if training:
         mean, covar = moments(re, im)
@@ -142,14 +143,23 @@ def naive_complex_batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Complex[Tensor, "N C *spatial"] | Pair:
-    """Real batch norm of the real and of the imaginary parts, as 2C channels."""
-    re, im = split(input)
-    # (N, C, ...) twice -> (N, 2C, ...) with the parts of a channel side by side, as in (C, 2).
-    stacked = torch.stack([re, im], 2).flatten(1, 2)
-    state = (None if t is None else t.view(-1) for t in (running_mean, running_var, weight, bias))
-    out = batch_norm(stacked, *state, training=training, momentum=momentum, eps=eps)
-    out = out.unflatten(1, (-1, 2)).unbind(2)
-    return out if isinstance(input, (tuple, list)) else torch.complex(*out)
+    """Real batch norm of the real and of the imaginary part, each with its column of numbers."""
+    parts = split(input)
+    state = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
+    checks.check_channels(parts[0], channels(parts[0], *state.values()))
+    for name, tensor in state.items():
+        checks.check_shape(name, tensor, (parts[0].shape[1], 2))
+    out = (
+        batch_norm(
+            part,
+            *(None if tensor is None else tensor[:, column] for tensor in state.values()),
+            training=training,
+            momentum=momentum,
+            eps=eps,
+        )
+        for column, part in enumerate(parts)
+    )
+    return tuple(out) if isinstance(input, (tuple, list)) else torch.complex(*out)
 
 
 class _ComplexNormBase(NormBase):

@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 
-def average_factor(momentum: float | None, num_batches_tracked: int) -> float:
+def average_factor(momentum: float | None, num_batches_tracked: int | Tensor) -> float | Tensor:
     """The weight f of the new batch.
 
     Args:
         momentum: weight of the **new** value (Keras calls 1 minus this number momentum). ``None``
             asks for the cumulative average of all batches.
-        num_batches_tracked: batches seen so far, the current one included.
+        num_batches_tracked: batches seen so far, the current one included. A tensor is not read:
+            that would wait for its device, and break a compiled graph.
     """
     return 1.0 / num_batches_tracked if momentum is None else momentum
 
@@ -25,10 +26,10 @@ def bessel(count: int) -> float:
 
 
 @torch.no_grad()
-def update_(running: Tensor, batch: Tensor, factor: float) -> None:
+def update_(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
     """Move ``running`` towards ``batch`` in place, and leave no history behind.
 
     ``no_grad`` is the whole cure of the leak: without it the buffer would take the graph of this
     step along into every later one.
     """
-    running.mul_(1 - factor).add_(batch.to(running.dtype), alpha=factor)
+    running.mul_(1 - factor).add_((batch * factor).to(running.dtype))

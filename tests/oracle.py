@@ -1,0 +1,62 @@
+"""What the complex layers must return, computed another way: float64 and an eigendecomposition."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class Expected(NamedTuple):
+    output: Tensor  # complex128, the shape of the input
+    mean: Tensor  # (C, 2)
+    covar: Tensor  # (C, 3): rr, ii, ri, divided by n
+
+
+def complex_batch_norm(
+    z: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    mean: Tensor | None = None,
+    covar: Tensor | None = None,
+) -> Expected:
+    """Γ·V^(−1/2)·(x − μ) + β channel by channel, with V^(−1/2) from ``numpy.linalg.eigh``.
+
+    ``mean`` and ``covar`` stand in for the batch's own, as in evaluation.
+    """
+    values = z.detach().cpu().to(torch.complex128).movedim(1, 0).numpy()
+    output, means, covars = np.empty_like(values), [], []
+    for c, channel in enumerate(values):
+        x = np.stack([channel.real.ravel(), channel.imag.ravel()])
+        mu = x.mean(1) if mean is None else mean[c].detach().double().numpy()
+        x = x - mu[:, None]
+        if covar is None:
+            v = x @ x.T / x.shape[1]
+        else:
+            rr, ii, ri = covar[c].detach().double().tolist()
+            v = np.array([[rr, ri], [ri, ii]])
+        spread, axes = np.linalg.eigh(v)
+        root = axes @ np.diag((np.maximum(spread, 0) + eps) ** -0.5) @ axes.T
+        if weight is not None:
+            rr, ii, ri = weight[c].detach().double().tolist()
+            root = np.array([[rr, ri], [ri, ii]]) @ root
+        y = root @ x
+        if bias is not None:
+            y = y + bias[c].detach().double().numpy()[:, None]
+        output[c] = (y[0] + 1j * y[1]).reshape(channel.shape)
+        means.append(mu)
+        covars.append([v[0, 0], v[1, 1], v[0, 1]])
+    return Expected(
+        torch.from_numpy(output).movedim(0, 1),
+        torch.tensor(np.array(means)),
+        torch.tensor(np.array(covars)),
+    )
+
+
+def correlated(
+    *shape: int, slope: float = 0.5, scale: float = 1.0, dtype: torch.dtype = torch.complex64
+) -> Tensor:
+    """Complex noise whose imaginary part is ``slope`` times the real one, plus its own noise."""
+    re, im = torch.randn(2, *shape, dtype=torch.float64)
+    return (scale * torch.complex(re, slope * re + 0.3 * im + 0.1)).to(dtype)
