@@ -115,13 +115,15 @@ def install_torch(pip: list[str], env: dict[str, str], is_uv: bool, cuda: bool) 
 
 def set_up(extra: str, cuda: bool) -> None:
     """Make .venv hold this checkout and ``extra``; a stamp tells when there is nothing to do."""
-    inputs = [ROOT / "pyproject.toml", ROOT / "constraints.txt"]
-    text = b"".join(path.read_bytes() for path in inputs) + f"{ROOT}{sys.version_info}".encode()
-    digest = hashlib.sha256(text).hexdigest()
-    done = STAMP.read_text().split() if STAMP.exists() else []
-    if done[:1] == [digest] and (not extra or extra in done):
+    place = (
+        f"{ROOT} {sys.version.split()[0]}"  # a .venv that was moved or has another Python is void
+    )
+    lists = (ROOT / "pyproject.toml").read_bytes() + (ROOT / "constraints.txt").read_bytes()
+    digest = hashlib.sha256(lists).hexdigest()
+    done = STAMP.read_text().splitlines() if STAMP.exists() else []
+    if done[:2] == [place, digest] and (not extra or extra in done):
         return
-    if not (PYTHON.exists() and done[:1] == [digest]):
+    if not (PYTHON.exists() and done[:1] == [place]):
         say("making .venv")
         try:
             venv.create(VENV, clear=True, with_pip=True, symlinks=os.name != "nt")
@@ -133,7 +135,7 @@ def set_up(extra: str, cuda: bool) -> None:
     target = f"{ROOT}[{extra}]" if extra else str(ROOT)
     if run(*pip, *CONSTRAINTS, "--editable", target, env=env).returncode:
         sys.exit("start: the kit could not be installed; the lines above say why")
-    STAMP.write_text(f"{digest} {extra}")
+    STAMP.write_text("\n".join([place, digest, extra]))
 
 
 def main() -> int:

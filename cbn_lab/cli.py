@@ -22,8 +22,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Only the command that was asked for is imported: `lab` need not wait for torch.
         if argv[:1] == [name]:
             importlib.import_module(module).add_arguments(subparser)
-    args = parser.parse_args(argv)
-    return importlib.import_module(COMMANDS[args.command][0]).main(args)
+    args, rest = parser.parse_known_args(argv)
+    module = importlib.import_module(COMMANDS[args.command][0])
+    if rest and not getattr(module, "PASSES_OPTIONS_ON", False):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    args.rest = rest
+    return module.main(args)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,11 @@ NO_NETWORK = [  # JupyterLab asks the network for news and updates, and the user
 ]
 
 
+PASSES_OPTIONS_ON = True  # --no-browser, --port and all others are JupyterLab's
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("jupyter", nargs=argparse.REMAINDER, help="options for JupyterLab")
+    parser.epilog = "All options go on to JupyterLab: cbn-lab lab --no-browser --port=8889"
 
 
 def main(args: argparse.Namespace) -> int:
@@ -31,4 +34,4 @@ def main(args: argparse.Namespace) -> int:
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # in a container; the server listens to this machine only
     print(f"cbn-lab: JupyterLab opens {notebooks[0].name}; Ctrl-C twice ends it", flush=True)
-    return subprocess.call([*command, *args.jupyter])
+    return subprocess.call([*command, *args.rest])

@@ -15,8 +15,14 @@ import torch
 from ipywidgets import IntSlider, interact
 from torch import nn
 
-from cbn_lab import ComplexBatchNorm1d, ComplexBatchNorm2d, NaiveComplexBatchNorm1d
-from cbn_lab import datasets, plots, whitening_matrix
+from cbn_lab import (
+    ComplexBatchNorm1d,
+    ComplexBatchNorm2d,
+    NaiveComplexBatchNorm1d,
+    datasets,
+    plots,
+    whitening_matrix,
+)
 
 _ = torch.manual_seed(0)
 
@@ -100,11 +106,9 @@ V = torch.stack([torch.stack([rr, ri]), torch.stack([ri, ii])])
 variances, axes = torch.linalg.eigh(V)
 R = axes @ torch.diag(variances**-0.5) @ axes.T
 white = R @ torch.stack([re, im])
-
 print("R =", [[round(value, 3) for value in row] for row in R.tolist()])
-print("covariance after R:")
-for row in (white @ white.T / len(z)).tolist():
-    print("  ", [f"{value + 0:.3f}" for value in (abs(round(v, 9)) for v in row)])
+after = white @ white.T / len(z)
+print("covariance after R is the identity:", torch.allclose(after, torch.eye(2).double()))
 
 # %% [markdown]
 # For a 2×2 matrix no eigenvectors are needed. With $s = \sqrt{\det V}$ and

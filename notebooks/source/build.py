@@ -1,7 +1,7 @@
 """Make the notebooks: percent scripts in this folder -> executed .ipynb in the folder above.
 
-    python3 start.py notebooks            all of them
-    python3 start.py notebooks 01 03      those whose names start so
+python3 start.py notebooks            all of them
+python3 start.py notebooks 01 03      those whose names start so
 """
 
 import sys
