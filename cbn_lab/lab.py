@@ -7,12 +7,8 @@ import sys
 from pathlib import Path
 
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
-NO_NETWORK = [  # JupyterLab asks the network for news and updates, and the user whether it may
-    "--LabApp.news_url=None",
-    "--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate",
-]
-
-
+# Settings that keep JupyterLab from asking the network for news, and the user whether it may.
+SETTINGS = Path(__file__).resolve().parent / "jupyter"
 PASSES_OPTIONS_ON = True  # --no-browser, --port and all others are JupyterLab's
 
 
@@ -30,8 +26,10 @@ def main(args: argparse.Namespace) -> int:
         )
         return 2
     command = [sys.executable, "-m", "jupyterlab", str(notebooks[0])]
-    command += [f"--ServerApp.root_dir={NOTEBOOKS}", *NO_NETWORK]
+    command += [f"--ServerApp.root_dir={NOTEBOOKS}"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # in a container; the server listens to this machine only
     print(f"cbn-lab: JupyterLab opens {notebooks[0].name}; Ctrl-C twice ends it", flush=True)
-    return subprocess.call([*command, *args.rest])
+    paths = [str(SETTINGS), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    env = dict(os.environ, JUPYTER_CONFIG_PATH=os.pathsep.join(filter(None, paths)))
+    return subprocess.call([*command, *args.rest], env=env)

@@ -131,7 +131,7 @@ def whitening(
     ax.axhline(0, color=PALETTE["grey"], lw=0.5, zorder=0)
     ax.axvline(0, color=PALETTE["grey"], lw=0.5, zorder=0)
     _legend(ax)
-    ax.set_label("Ellipses of the data; ratio of long to short axis: " + ", ".join(said) + ".")
+    ax.set_label("Long axis over short axis: " + ", ".join(said) + ".")
     return ax
 
 

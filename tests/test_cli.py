@@ -6,7 +6,7 @@ from cbn_lab import cli, lab
 
 def test_lab_opens_the_first_notebook_and_passes_options_on(monkeypatch, capsys):
     commands = []
-    monkeypatch.setattr(lab.subprocess, "call", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(lab.subprocess, "call", lambda command, env: commands.append(command) or 0)
     assert cli.main(["lab", "--no-browser", "--port=9999"]) == 0
     (command,) = commands
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]

@@ -82,11 +82,12 @@ print(f"correlation of parts   {ri / (rr * ii).sqrt():.2f}")
 # 1. The correlation stays, and so does the tilt:
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(10, 3.8), layout="constrained")
 for ax, stage in zip(axes, plots.STAGES, strict=True):
     plots.whitening(z, ax, stages=[stage], points=stage)
-    print(ax.get_label())
 plt.show()
+for ax in axes:
+    print(ax.get_label())
 
 # %% [markdown]
 # On the right the cloud is **whitened**: round, with variance 1 in every direction. How?
@@ -183,12 +184,13 @@ _ = interact(show, row=row, column=column)
 # The same without a kernel: three bins side by side.
 
 # %%
-fig, axes = plt.subplots(1, 3, figsize=(12, 4.6), layout="constrained")
+fig, axes = plt.subplots(1, 3, figsize=(10, 4.2), layout="constrained")
 for ax, (r, c) in zip(axes, [(0, 1), (1, 1), (3, 2)], strict=True):
     plots.whitening(spectrum[:, 0, r, c], ax)
     ax.set_xlabel(f"real part, bin ({r}, {c})")
-    print(f"bin ({r}, {c}).", ax.get_label())
 plt.show()
+for ax in axes:
+    print(ax.get_xlabel().removeprefix("real part, "), ax.get_label())
 
 # %% [markdown]
 # ## Training and evaluation
