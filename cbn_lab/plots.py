@@ -51,7 +51,7 @@ def _axes(ax: Axes | None) -> Axes:
 
 def _legend(ax: Axes) -> None:
     """Above the picture, where it hides no data."""
-    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
 
 
 def _steps(ax: Axes, ylabel: str) -> None:
@@ -124,14 +124,14 @@ def whitening(
         values = normalised(z, stage)
         colour, line = STAGES[stage]
         for sigma, width in ((1, 2.2), (2, 1.2)):
-            label = f"{stage}, 1σ and 2σ" if sigma == 1 else None
+            label = stage if sigma == 1 else None
             ax.plot(*ellipse(values, sigma), line, color=colour, lw=width, label=label)
         said.append(f"{stage} {axis_ratio(values):.2f}")
     ax.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
     ax.axhline(0, color=PALETTE["grey"], lw=0.5, zorder=0)
     ax.axvline(0, color=PALETTE["grey"], lw=0.5, zorder=0)
     _legend(ax)
-    ax.set_label("Long axis over short axis: " + ", ".join(said) + ".")
+    ax.set_label(f"Long axis over short axis: {', '.join(said)}. Thick lines 1σ, thin lines 2σ.")
     return ax
 
 
