@@ -7,18 +7,21 @@
 # **Afterwards you can** say what a buffer is and who writes it, check PyTorch's update rule by hand,
 # and choose a momentum, knowing what you choose.
 #
-# **Time** 15 minutes. **Needs** Python; no PyTorch beyond tensors. Run the cells from top to bottom
-# (*Run → Run All Cells* does).
+# **Time** 25 minutes. **Needs** Python; no PyTorch beyond tensors.
+#
+# Run the cells from top to bottom; *Run → Run All Cells* does too. Before each key result you are
+# asked for a **prediction**: it is stored, and held against what comes. The **exercises** check
+# themselves; hints and solutions are folded away below them.
 
 # %%
 import inspect
 
 import matplotlib.pyplot as plt
 import torch
-from ipywidgets import FloatSlider, interact
 from torch import nn
 
 from cbn_lab import BatchNorm2d, plots
+from cbn_lab.exercises import TODO, check, predict
 from cbn_lab.running_stats import update_
 
 _ = torch.manual_seed(0)
@@ -37,7 +40,12 @@ for name, buffer in bn.named_buffers():
     print(f"buffer     {name:20} {buffer.tolist()}")
 
 # %% [markdown]
-# Now one batch in training mode. The data has mean 5, and nothing but the layer is called.
+# Now one batch in training mode. The data has mean 5, and nothing but the layer is called. What will
+# become of `running_mean`, which is 0 now?
+
+# %%
+guess_mean = predict("running_mean after one batch of mean 5:", ["0", "about 0.5", "5"])
+guess_mean
 
 # %% tags=["nbval-check-output"]
 batch = 5 + 2 * torch.randn(16, 2, 4, 4)
@@ -48,6 +56,7 @@ bn(batch)
 print("running_mean          ", [f"{value:.3f}" for value in bn.running_mean.tolist()])
 print("same memory as before ", bn.running_mean.data_ptr() == address)
 print("version counter       ", version, "->", bn.running_mean._version)
+guess_mean.compare("about 0.5")
 
 # %% [markdown]
 # The numbers changed, **in the same memory**: no new tensor took the place of the old one. Somebody
@@ -57,12 +66,19 @@ print("version counter       ", version, "->", bn.running_mean._version)
 #
 # Who? Let us search the Python source of the layer for an assignment.
 
+# %%
+guess_line = predict(
+    "How many lines of nn.BatchNorm2d assign running_mean?", ["none", "one", "two"]
+)
+guess_line
+
 # %% tags=["nbval-check-output"]
 source = inspect.getsource(nn.modules.batchnorm._BatchNorm.forward)
 assigned = [line for line in source.splitlines() if "running_mean =" in line]
 passed = [line.strip() for line in source.splitlines() if "self.running_mean" in line]
 print("lines that assign it:", assigned)
 print("lines that mention it:", *passed, sep="\n  ")
+guess_line.compare(["none", "one", "two"][len(assigned)])
 
 # %% [markdown]
 # None assigns it. The layer only **passes the buffer on** to `torch.nn.functional.batch_norm`, which
@@ -98,6 +114,37 @@ print("var agrees: ", torch.allclose(bn.running_var, (1 - m) * 1 + m * var))
 # batch is **normalised** with is divided by $n$ (biased). Many a hand-written batch norm mixes the
 # two up.
 #
+# ### Exercise: the update rule (★☆☆, 5 minutes)
+#
+# Write the rule as a function that **returns** the new running value.
+
+
+# %% exercise="update rule"
+def update(running, batch, momentum):
+    return TODO
+
+
+# %%
+check("update rule", update)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# The weights of the old and of the new value add up to 1. Which of the two is 0.1?
+#
+# </details>
+
+# %% [markdown] solution="update rule"
+# <details><summary>Solution</summary>
+#
+# ```python
+# def update(running, batch, momentum):
+#     return (1 - momentum) * running + momentum * batch
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## The same in Python
 #
 # `cbn_lab.BatchNorm2d` is the layer from scratch, and there the line exists. It is the only place in
@@ -146,11 +193,17 @@ def running_means(momentum):
 
 
 # %%
+guess_momentum = predict(
+    "Which momentum ends nearest to the true mean of the last 50 steps?", ["0.01", "0.1", "0.5"]
+)
+guess_momentum
+
+# %%
 curves = {f"momentum {m}": running_means(m) for m in (0.01, 0.1, 0.5, None)}
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
 plots.running_statistics(curves, batches.mean((1, 2)), true_mean, ax)
 plt.show()
-print(ax.get_label())
+print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  "))
 
 # %% [markdown]
 # - **0.5** follows at once, and follows the noise as well.
@@ -160,26 +213,90 @@ print(ax.get_label())
 # How far off is each, over the last 50 steps, where the true mean stands still?
 
 # %% tags=["nbval-check-output"]
+errors = {}
 for label, values in curves.items():
     late = torch.tensor(values[-50:]) - 2
+    errors[label] = late.square().mean().sqrt()
     print(f"{label:14}  bias {late.mean():+.2f}   noise {late.std():.2f}")
+best = min(("0.01", "0.1", "0.5"), key=lambda m: errors[f"momentum {m}"])
+guess_momentum.compare(best)
 
 # %% [markdown]
-# **Now move it yourself.** Focus the slider and press the arrow keys, or drag it. Where would you
-# stop, if the data drifted all the time? And if it never did?
+# ## Move it yourself
+#
+# Focus a slider and press the arrow keys, or drag it. Where would you stop, if the data drifted all
+# the time? And if it never did?
+
+# %%
+MomentumExplorer()
+
+# %% [markdown]
+# ### Exercise: the cumulative average (★★☆, 5 minutes)
+#
+# With `momentum=None` the running mean is to be the plain average of all batches so far. Which factor
+# must the *n*-th batch have? Write the function for both cases; `count` is 1 at the first batch.
+
+
+# %% exercise="cumulative average"
+def factor(momentum, count):
+    return TODO
 
 
 # %%
-def show(momentum):
-    fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
-    label = f"momentum {momentum:.2f}, memory of about {1 / momentum:.0f} batches"
-    history = {label: running_means(momentum)}
-    plots.running_statistics(history, batches.mean((1, 2)), true_mean, ax)
-    plt.show()
+check("cumulative average", factor)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# After $n$ batches each must count for $1/n$. The newest one counts for the factor itself.
+#
+# </details>
+
+# %% [markdown] solution="cumulative average"
+# <details><summary>Solution</summary>
+#
+# ```python
+# def factor(momentum, count):
+#     return 1 / count if momentum is None else momentum
+# ```
+#
+# The old average of $n - 1$ values, times $1 - 1/n$, leaves each of them $1/n$.
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise: the half-life (★★☆, 5 minutes)
+#
+# After how many further batches has a batch lost half of its weight? Write it as a function of the
+# momentum; `math.log` is there.
 
 
-slider = FloatSlider(0.1, min=0.01, max=1, step=0.01, description="momentum")
-_ = interact(show, momentum=slider)
+# %% exercise="half-life"
+def half_life(momentum):
+    return TODO
+
+
+# %%
+check("half-life", half_life)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Each further batch multiplies the weight by $1 - m$. Solve $(1 - m)^k = 1/2$ for $k$.
+#
+# </details>
+
+# %% [markdown] solution="half-life"
+# <details><summary>Solution</summary>
+#
+# ```python
+# def half_life(momentum):
+#     return math.log(0.5) / math.log(1 - momentum)
+# ```
+#
+# For small momenta that is nearly $0.69/m$.
+#
+# </details>
 
 # %% [markdown]
 # ## Summary
@@ -196,4 +313,4 @@ _ = interact(show, momentum=slider)
 # **Sources.** S. Ioffe and C. Szegedy, *Batch Normalization*, ICML 2015, section 3.1. PyTorch's
 # documentation of `torch.nn.BatchNorm2d`.
 #
-# Next: [2. Complex batch norm](02_complex_batch_norm.ipynb)
+# Next: [2. Batch norm from scratch](02_from_scratch.ipynb)

@@ -1,0 +1,1 @@
+"""The checks, one module a notebook. Each tells a right answer from the usual wrong ones."""
