@@ -15,12 +15,13 @@
 
 # %%
 import inspect
+import math
 
 import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from cbn_lab import BatchNorm2d, plots
+from cbn_lab import BatchNorm2d, MomentumExplorer, plots
 from cbn_lab.exercises import TODO, check, predict
 from cbn_lab.running_stats import update_
 
