@@ -14,6 +14,8 @@ from pathlib import Path
 
 from playwright.sync_api import Locator, Page, sync_playwright
 
+from cbn_lab.lab import SETTINGS
+
 TOKEN = "browser-test"
 PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"
 NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
@@ -38,8 +40,11 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def lab(folder: Path, theme: str = "JupyterLab Light") -> Iterator[str]:
-    """``cbn-lab lab`` with settings of its own in ``folder``; yields the server's address."""
+def lab(folder: Path, theme: str = "JupyterLab Light", root: Path | None = None) -> Iterator[str]:
+    """``cbn-lab lab`` with settings of its own in ``folder``; yields the server's address.
+
+    With a ``root`` the notebooks are those of that folder, in a JupyterLab set up the same way.
+    """
     settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
     settings.mkdir(parents=True)
     (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
@@ -55,10 +60,15 @@ def lab(folder: Path, theme: str = "JupyterLab Light") -> Iterator[str]:
     port = free_port()
     options = ["--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
     options += [f"--IdentityProvider.token={TOKEN}", "--expose-app-in-browser"]
+    command = [sys.executable, "-m", "cbn_lab.cli", "lab"]
+    if root is not None:
+        command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.root_dir={root}"]
+        command += ["--allow-root"]
+        env["JUPYTER_CONFIG_PATH"] = str(SETTINGS)
     log = folder / "lab.log"
     with log.open("w") as output:
         server = subprocess.Popen(
-            [sys.executable, "-m", "cbn_lab.cli", "lab", *options],
+            [*command, *options],
             env=env,
             stdout=output,
             stderr=subprocess.STDOUT,
