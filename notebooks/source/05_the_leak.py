@@ -1,13 +1,13 @@
 # %% [markdown]
-# # 3. The leak and its cure
+# # 5. The leak
 #
 # > *My network trains, and the loss goes down. But each step takes a little more memory than the one
 # > before, until the run is killed. Nothing in my code keeps anything. Or does it?*
 #
-# **Afterwards you can** see what a buffer drags along, name the line that does it, cure it in three
-# ways, and tell why the first attempt to reproduce such a leak usually fails.
+# **Afterwards you can** see what a buffer drags along, count it, tell nodes from bytes, and say why
+# the first attempt to reproduce such a leak usually fails.
 #
-# **Time** 20 minutes. **Needs** notebooks 1 and 2.
+# **Time** 35 minutes. **Needs** notebooks 1 and 4.
 
 # %%
 import copy
@@ -15,11 +15,11 @@ import inspect
 
 import matplotlib.pyplot as plt
 import torch
-from ipywidgets import Dropdown, IntSlider, interact
 from torch import nn
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 
-from cbn_lab import LeakyComplexBatchNorm2d, MemoryTrace, datasets, inspect_buffers, plots
+from cbn_lab import LeakExplorer, LeakyComplexBatchNorm2d, MemoryTrace, datasets, inspect_buffers, plots
+from cbn_lab.exercises import TODO, check, predict
 from cbn_lab.specimens import UPDATES
 
 # %% [markdown]
@@ -67,12 +67,13 @@ print(inspect.getsource(UPDATES["rebind"]))
 # self.running_mean = f * mean + (1 - f) * self.running_mean
 # ```
 #
-# **Before you go on:** does anything look wrong with it? The numbers it computes are right.
+# Does anything look wrong with it? The numbers it computes are right.
 #
 # ## Train, and watch
 #
-# `inspect_buffers` looks at every buffer of a model and counts the autograd graph behind it.
-# `MemoryTrace` records memory: the GPU's where there is one, otherwise that of this process.
+# `inspect_buffers` looks at every buffer of a model and counts the autograd graph behind it: its
+# *nodes*, one for each operation that autograd remembers. `MemoryTrace` records memory: the GPU's
+# where there is one, otherwise that of this process.
 
 # %%
 images, labels = datasets.digits(28)
@@ -98,6 +99,12 @@ def train(update, steps=30):
 
 
 # %%
+guess_nodes = predict(
+    "Nodes behind a running statistic after 30 steps:", ["none", "about 30", "more than 500"]
+)
+guess_nodes
+
+# %%
 net, leaking, leaking_trace, losses = train("rebind")
 print(f"loss: {losses[0]:.1f} at first, {losses[-1]:.1f} after {len(losses)} steps")
 
@@ -107,16 +114,15 @@ print(f"loss: {losses[0]:.1f} at first, {losses[-1]:.1f} after {len(losses)} ste
 # %%
 inspect_buffers(net)
 
-# %% [markdown]
-# Two of the three buffers have a `grad_fn`, and behind it hundreds of nodes: **the graph of all 30
-# steps.** A healthy buffer has none. (*retained* is 0: `backward()` has freed the tensors that the
-# graph had saved. The nodes themselves stay.) Step by step:
-
 # %% tags=["nbval-check-output"]
 print("nodes behind the largest graph:", leaking[:4], "...", leaking[-1])
 print("nodes per step:", set(b - a for a, b in zip(leaking, leaking[1:], strict=False)))
+guess_nodes.compare("more than 500" if leaking[-1] > 500 else "about 30")
 
 # %% [markdown]
+# Two of the three buffers have a `grad_fn`, and behind it stands **the graph of all 30 steps.** A
+# healthy buffer has none.
+#
 # ## Why
 #
 # `mean` was computed from the output of `conv1`, which has trainable weights. So `mean` has a history,
@@ -130,110 +136,190 @@ print("nodes per step:", set(b - a for a, b in zip(leaking, leaking[1:], strict=
 #                                                   └── ...
 # ```
 #
-# `loss.backward()` frees the large tensors saved in each step's graph, but the nodes themselves live
-# as long as something points to them, and the buffer does.
+# Let it grow, one step at a time. Which forms of update grow, and which do not?
+
+# %%
+LeakExplorer()
+
+# %% [markdown]
+# The same as a plain picture, with the memory of this process beside it:
+
+# %%
+cured_net, cured, cured_trace, cured_losses = train("no_grad")
+
+# %%
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+plots.graph_growth({"rebind": leaking, "no_grad": cured}, left)
+growth = {
+    form: [(row.heap_bytes - trace.rows[0].heap_bytes) / 2**10 for row in trace.rows]
+    for form, trace in {"rebind": leaking_trace, "no_grad": cured_trace}.items()
+    if trace.rows[0].heap_bytes is not None  # where the system tells
+}
+if growth:
+    plots.graph_growth(growth, right, unit="growth of the host heap (KiB)")
+plt.show()
+print(left.get_label(), right.get_label(), sep="\n")
+
+# %% [markdown]
+# ### Exercise: does it have a history? (★☆☆, 5 minutes)
 #
+# Write a function that says whether a tensor **holds on to a graph**. Careful: a trainable weight
+# requires a gradient, and holds on to nothing.
+
+
+# %% exercise="history"
+def has_history(tensor):
+    return TODO
+
+
+# %%
+check("history", has_history)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# Autograd calls a tensor at the beginning of a graph a *leaf*. Weights are leaves; so is everything
+# that was computed without a graph. Look at `tensor.is_leaf` and `tensor.grad_fn`.
+#
+# </details>
+
+# %% [markdown] solution="history"
+# <details><summary>Solution</summary>
+#
+# ```python
+# def has_history(tensor):
+#     return tensor.requires_grad and not tensor.is_leaf
+# ```
+#
+# `tensor.grad_fn is not None` is right as well. It makes a Python object for the C++ node, though, and
+# in PyTorch 2.13 a long chain of nodes that were looked at one by one crashes when it is freed.
+#
+# </details>
+
+# %% [markdown]
+# ### Exercise: count the nodes (★★★, 15 minutes)
+#
+# Count the nodes behind a tensor. Begin at `tensor.grad_fn`; each node has `next_functions`, pairs of
+# which the first is the next node or `None`. One node may be reached in several ways and counts once.
+# The chain may be thousands of nodes deep.
+
+
+# %% exercise="count nodes"
+def count_nodes(tensor):
+    return TODO
+
+
+# %%
+check("count nodes", count_nodes)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# A list of nodes still to visit and a set of those already seen. A function that calls itself ends in
+# a `RecursionError` on a deep chain.
+#
+# </details>
+
+# %% [markdown] solution="count nodes"
+# <details><summary>Solution</summary>
+#
+# ```python
+# def count_nodes(tensor):
+#     waiting, seen = [tensor.grad_fn], set()
+#     while waiting:
+#         node = waiting.pop()
+#         if node is not None and node not in seen:
+#             seen.add(node)
+#             waiting.extend(following for following, _ in node.next_functions)
+#     return len(seen)
+# ```
+#
+# </details>
+
+# %% [markdown]
 # ## Why the first attempt to reproduce it failed
 #
-# It was tried with the layer alone, on random input. Then nothing before the layer is trainable, `mean`
-# has no history, and there is nothing to keep:
+# It was tried with the layer alone, on random input: 30 steps, and no growth at all.
+
+# %%
+guess_alone = predict(
+    "Which part of the network makes the leak visible?",
+    ["the loss", "the layer before the batch norm", "the optimizer"],
+)
+guess_alone
 
 # %% tags=["nbval-check-output"]
 layer = LeakyComplexBatchNorm2d(3, update="rebind")
 for _ in range(30):
     layer(torch.randn(8, 3, 4, 4, dtype=torch.cfloat)).abs().sum().backward()
-print("layer alone: ", max(row.nodes for row in inspect_buffers(layer).rows), "nodes")
+print("layer alone:          ", max(row.nodes for row in inspect_buffers(layer).rows), "nodes")
 
 net = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.cfloat), layer)
 for _ in range(30):
     net(torch.randn(8, 3, 4, 4, dtype=torch.cfloat)).abs().sum().backward()
 print("with a layer before it:", max(row.nodes for row in inspect_buffers(net).rows), "nodes")
+guess_alone.compare("the layer before the batch norm")
 
 # %% [markdown]
-# So a test for this leak needs **something trainable in front**.
+# With nothing trainable before it, `mean` has no history: there is nothing to keep. So a test for this
+# leak needs **something trainable in front**.
 #
-# ## Does writing in place help?
+# ### Exercise: reproduce it (★★☆, 5 minutes)
 #
-# The question's second version assigned column by column, `running_covar[:, 0] = ...`. The buffer
-# stays the same tensor. Autograd tracks writing into a slice as well:
+# You are given a batch norm for 4 channels that you suspect. Put it into a model that takes images
+# with 4 channels, so that the leak, if there is one, must show.
+
+
+# %% exercise="reproduce"
+def model_around(layer):
+    return TODO
+
 
 # %%
-print(inspect.getsource(UPDATES["slice"]))
+check("reproduce", model_around)
+
+# %% [markdown]
+# <details><summary>Hint</summary>
+#
+# `nn.Sequential` puts layers one after the other. The one in front must be trainable.
+#
+# </details>
+
+# %% [markdown] solution="reproduce"
+# <details><summary>Solution</summary>
+#
+# ```python
+# def model_around(layer):
+#     return nn.Sequential(nn.Conv2d(4, 4, 1), layer)
+# ```
+#
+# </details>
+
+# %% [markdown]
+# ## Nodes against bytes
+#
+# `loss.backward()` frees the large tensors that each step's graph had saved. The nodes live on. In
+# a loop that never calls `backward`, say one that only evaluates the loss, the tensors stay too:
 
 # %% tags=["nbval-check-output"]
-_, sliced, _, _ = train("slice", steps=10)
-print("nodes per step:", set(b - a for a, b in zip(sliced, sliced[1:], strict=False)))
-
-# %% [markdown]
-# It got worse: more operations a step, more nodes.
-#
-# ## The cure
-#
-# The running statistics need the *numbers* of this batch and not where they came from. Say so, in
-# either of two ways:
-
-# %%
-print(inspect.getsource(UPDATES["no_grad"]))
-print(inspect.getsource(UPDATES["detach"]))
-
-# %%
-cured_net, cured, cured_trace, cured_losses = train("no_grad")
-_, detached, _, _ = train("detach", steps=10)
-
-# %% tags=["nbval-check-output"]
-print("nodes with no_grad:", sorted(set(cured)), "  with detach:", sorted(set(detached)))
-print("the losses are the same, to the last bit:", cured_losses == losses)
-print("every buffer is clean:", inspect_buffers(cured_net).ok)
-
-# %% [markdown]
-# **Not a bit of the training changes.** The history was never used for anything.
-
-# %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-forms = {"rebind": leaking, "slice": sliced, "no_grad": cured, "detach": detached}
-plots.graph_growth(forms, left)
-heap = {"rebind": leaking_trace, "no_grad": cured_trace}
-growth = {
-    form: [(row.heap_bytes - trace.rows[0].heap_bytes) / 2**10 for row in trace.rows]
-    for form, trace in heap.items()
-}
-plots.graph_growth(growth, right, unit="growth of the host heap (KiB)")
-plt.show()
-print(left.get_label())
-print(right.get_label())
-
-# %% [markdown]
-# Left, what is behind the buffer: it rises for both leaks and lies flat for both cures. Right, the
-# memory of this process: what the leak costs with every step. A GPU's own counter would
-# hardly see it, because after `backward()` only the nodes remain, and they live in the host's memory.
-#
-# ## Move it yourself
-#
-# Choose a form of update and a number of steps. A small network is trained afresh for each setting.
-
-
-# %%
-def show(update, steps):
+def retained(train_it, steps=5):
     torch.manual_seed(0)
-    layer = LeakyComplexBatchNorm2d(3, update=update)
-    net = nn.Sequential(nn.Conv2d(3, 3, 1, dtype=torch.cfloat), layer)
-    nodes = []
+    net = Net("rebind")
     for _ in range(steps):
-        net(torch.randn(8, 3, 4, 4, dtype=torch.cfloat)).abs().sum().backward()
-        nodes.append(max(row.nodes for row in inspect_buffers(net).rows))
-    ax = plots.graph_growth(
-        {update: nodes}, plt.subplots(figsize=(7, 3.5), layout="constrained")[1]
-    )
-    ax.set_ylim(0, max(2000, 1.05 * nodes[-1]))
-    plt.show()
-    print(ax.get_label())
+        loss = cross_entropy(net(images[:32]), labels[:32])
+        if train_it:
+            loss.backward()
+    return max(row.retained_bytes for row in inspect_buffers(net).rows)
 
 
-form = Dropdown(options=[name for name in UPDATES if name != "over_detached"], description="update")
-_ = interact(show, update=form, steps=IntSlider(20, 2, 60, description="steps"))
+print(f"training:     {retained(True) / 2**20:6.2f} MiB of tensors after 5 steps")
+print(f"forward only: {retained(False) / 2**20:6.2f} MiB of tensors after 5 steps")
 
 # %% [markdown]
-# ## How it shows elsewhere
+# Training, the leak is a slow one: nodes, in the memory of the *host*. The counter of a GPU may lie
+# flat while the process dies. Forward only, it is a fast one, and the GPU's own memory goes.
+#
+# ## How else it shows
 #
 # Training is silent about it. Two other things are not, and are often what one sees first:
 
@@ -242,7 +328,7 @@ net, *_ = train("rebind", steps=2)
 try:
     copy.deepcopy(net)
 except RuntimeError as error:
-    print("deepcopy:", str(error).split(".")[0])
+    print("deepcopy:", str(error).split(" support")[0], "...")
 
 net.eval()
 try:
@@ -251,23 +337,20 @@ except RuntimeError as error:
     print("backward in eval mode:", str(error).split("(")[0])
 
 # %% [markdown]
-# ## Should `register_buffer` forbid it?
-#
-# The last question of the thread. *For*: a buffer with a history is nearly always a mistake, and the
-# error message would come at the first step, not after a night. *Against*: PyTorch cannot know. A
-# buffer may hold a differentiable state on purpose (a hidden state under truncated backpropagation,
-# weights in meta-learning), and `register_buffer` runs before the first step: what would have to be
-# forbidden is an assignment later on. So PyTorch leaves it to you, and you have a tool that looks.
+# In evaluation the layer *uses* its running statistics, so the gradient flows into them, and on into
+# the graph of a step long past, which has been freed.
 #
 # ## Summary
 #
 # - A running statistic updated outside `no_grad` takes the graph of every step along. The numbers stay
 #   right, memory grows.
-# - Writing in place is no cure. `torch.no_grad()` and `.detach()` are.
-# - A test for it needs something trainable before the layer. `inspect_buffers(model).ok` is one line.
+# - After `backward()` it is nodes that grow, on the host; without it, tensors as well.
+# - It shows only where something trainable stands before the layer.
 #
-# **To think about.** Somebody cures the leak by computing the *batch* mean under `no_grad`, before it
-# is used to normalise. The leak is gone. What else is?
+# **To think about.** `state_dict()` and `torch.save` say nothing about the leak. What do they do with
+# the history, and what does a pickled model bring back?
 #
-# **Sources.** PyTorch notes, *Autograd mechanics* and *Frequently asked questions: my model reports
-# "cuda runtime error(2): out of memory"*.
+# **Sources.** PyTorch documentation, *Autograd mechanics*, and *Frequently asked questions*, on
+# keeping the history of a loss.
+#
+# Next: [6. The cure, and its opposite](06_the_cure.ipynb)
