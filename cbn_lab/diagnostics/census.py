@@ -27,11 +27,14 @@ class Census(TorchDispatchMode):
 
     Attributes:
         tensor_bytes: bytes of all live storages on the device, each once.
+
+    Args:
+        device: the type of device to count on; None for all.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str | None = "cpu") -> None:
         super().__init__()
-        self.device = torch.device(device).type
+        self.device = device
         self.tensor_bytes = 0
         self._storages: dict[int, _StorageRef] = {}
         self._tensors: dict[int, weakref.ref] = {}
@@ -68,7 +71,9 @@ class Census(TorchDispatchMode):
                 yield tensor
 
     def _note(self, tensor: Tensor) -> None:
-        if tensor.device.type != self.device or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            return
+        if self.device is not None and tensor.device.type != self.device:
             return
         try:
             storage = tensor.untyped_storage()

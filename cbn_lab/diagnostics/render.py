@@ -5,6 +5,7 @@ right in either theme, and in a page that has none. What matters is said in word
 """
 
 import html
+import textwrap
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -214,3 +215,54 @@ def chain_svg(name: str, chain: Sequence[Any]) -> str:
         f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="currentColor"/></marker>'
         f"</defs>{''.join(shapes)}</svg>"
     )
+
+
+def rate(number: float) -> str:
+    """A growth per step, with its sign; without decimals where there are none."""
+    return f"{number:+,.0f}" if number == round(number) else f"{number:+,.1f}"
+
+
+def diagnosis_summary(diagnosis: Any) -> str:
+    words = {
+        "clean": "nothing keeps history",
+        "bounded": "some history is kept, and does not grow",
+        "growing": "memory grows at every step",
+    }
+    return f"{diagnosis.verdict}: {words[diagnosis.verdict]} ({diagnosis.steps} steps)"
+
+
+def diagnosis_as_text(diagnosis: Any) -> str:
+    """The verdict, then a paragraph for each finding."""
+    lines = [diagnosis_summary(diagnosis)]
+    for found in diagnosis.findings:
+        growth = f"{rate(found.nodes_per_step)} nodes, {size(found.bytes_per_step)} a step"
+        held = f"{found.nodes} nodes, {size(found.retained_bytes)} held"
+        lines += [
+            "",
+            f"{found.verdict.upper()}  {found.path}",
+            f"    {growth if found.verdict == 'growing' else held}",
+            f"    made at {found.origin or 'an unknown line'}",
+            *textwrap.wrap(found.advice, 96, initial_indent="    ", subsequent_indent="    "),
+        ]
+    lines += [f"note: {note}" for note in diagnosis.notes]
+    return "\n".join(lines)
+
+
+def diagnosis_as_html(diagnosis: Any) -> str:
+    """A row for each finding, growing ones marked."""
+    header = ("verdict", "path", "nodes a step", "bytes a step", "made at", "advice")
+    rows = [
+        (
+            "▲ growing" if found.verdict == "growing" else found.verdict,
+            found.path,
+            (found.nodes_per_step, rate(found.nodes_per_step)),
+            (found.bytes_per_step, size(found.bytes_per_step)),
+            found.origin or "–",
+            found.advice,
+        )
+        for found in diagnosis.findings
+    ]
+    marked = [found.verdict == "growing" for found in diagnosis.findings]
+    table = html_table(header, rows, marked) if rows else ""
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in diagnosis.notes)
+    return report_html(diagnosis_summary(diagnosis), table, notes)
