@@ -25,7 +25,7 @@ def for_buffer(name: str) -> str:
     attribute = name.rpartition(".")[2]
     return (
         f"update it under torch.no_grad(), or from a detached value: "
-        f"`with torch.no_grad(): self.{attribute}.mul_(1 - momentum).add_(momentum * batch_value)`, "
+        f"`with torch.no_grad(): self.{attribute}.lerp_(batch_value, momentum)`, "
         f"or `self.{attribute} = (1 - momentum) * self.{attribute} + momentum * "
         f"batch_value.detach()`. Do not detach what the output is normalised with: that makes "
         f"the gradient wrong"

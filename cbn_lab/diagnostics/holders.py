@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import types
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -74,6 +74,13 @@ class Place:
         return Place(thing, path, folded, self.bounded, belongs)
 
 
+class Keyed(NamedTuple):
+    """An entry of a dictionary whose key is a tensor."""
+
+    key: Tensor
+    value: Any
+
+
 class Survey:
     """Everything that can be reached from some named roots.
 
@@ -91,9 +98,11 @@ class Survey:
         self.globals: list[tuple[dict, str]] = []
         self.complete = True
         self._parameter_paths: dict[int, str] = {}
+        self._later: list[Place] = []  # what is keyed by parameters, whose names come first
         self._seen: dict[int, Any] = {}  # the things as well: an id must not be used again
         with torch._C.DisableTorchFunctionSubclass():
             self._walk([Place(thing, name, name) for name, thing in roots])
+            self._walk(self._later)
 
     def _walk(self, queue: list[Place]) -> None:
         for place in queue:  # grows while it is gone through
@@ -108,6 +117,9 @@ class Survey:
 
     def _inside(self, place: Place) -> Iterator[Place]:
         thing = place.thing
+        if isinstance(thing, Keyed):
+            name = self._parameter_paths.get(id(thing.key), "…")
+            return iter([place.inside(thing.value, f"[{name}]", "[…]")])
         if isinstance(thing, Tensor) or _is_node(thing):
             return self._note(place)
         if isinstance(thing, nn.Module):
@@ -170,9 +182,8 @@ class Survey:
             if isinstance(key, str):
                 yield place.inside(thing, f"[{key!r}]", "[…]")
             elif isinstance(key, Tensor):  # an optimizer's state, say
-                name = self._parameter_paths.get(id(key), "…")
-                yield place.inside(key, "[…]")
-                yield place.inside(thing, f"[{name}]", "[…]")
+                self._later.append(place.inside(key, "[…]"))
+                self._later.append(place.inside(Keyed(key, thing), "", "[…]"))
             else:
                 yield place.inside(thing, "[…]")
 
@@ -278,8 +289,11 @@ def _variables(step: Any) -> dict[str, Any]:
     function = getattr(step, "__func__", step)
     if not isinstance(function, types.FunctionType):
         return {}
-    found = {n: function.__globals__[n] for n in _global_names(function.__code__)
-             if n in function.__globals__}
+    found = {
+        n: function.__globals__[n]
+        for n in _global_names(function.__code__)
+        if n in function.__globals__
+    }
     cells = function.__closure__ or ()
     for name, cell in zip(function.__code__.co_freevars, cells, strict=True):
         try:
