@@ -178,14 +178,17 @@ def running_statistics(
 
 
 def graph_growth(
-    nodes: Mapping[str, Sequence[int]], ax: Axes | None = None, *, unit: str = "graph nodes"
+    nodes: Mapping[str, Sequence[int]],
+    ax: Axes | None = None,
+    *,
+    unit: str = "graph nodes behind the buffer",
 ) -> Axes:
     """The autograd graph behind a buffer, step by step: leaks rise, cures stay at 0.
 
     Args:
         nodes: {form of update: nodes (or bytes) reachable from the buffer after each step}.
         ax: where to draw; a new figure where None.
-        unit: what is counted.
+        unit: what is counted, for the axis.
     """
     ax, said = _axes(ax), []
     for (label, counts), (colour, line, marker) in zip(nodes.items(), SERIES, strict=False):
@@ -196,7 +199,7 @@ def graph_growth(
         )
         slope = (counts[-1] - counts[0]) / max(len(counts) - 1, 1)
         said.append(f"{label} {counts[-1]:,} ({slope:+.3g} a step)")
-    _steps(ax, f"{unit} behind the buffer")
+    _steps(ax, unit)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _legend(ax)
     ax.set_label(f"{unit} after the last step: " + ", ".join(said) + ".")

@@ -109,7 +109,8 @@ inspect_buffers(net)
 
 # %% [markdown]
 # Two of the three buffers have a `grad_fn`, and behind it hundreds of nodes: **the graph of all 30
-# steps.** A healthy buffer has none. Step by step:
+# steps.** A healthy buffer has none. (*retained* is 0: `backward()` has freed the tensors that the
+# graph had saved. The nodes themselves stay.) Step by step:
 
 # %% tags=["nbval-check-output"]
 print("nodes behind the largest graph:", leaking[:4], "...", leaking[-1])
@@ -123,9 +124,10 @@ print("nodes per step:", set(b - a for a, b in zip(leaking, leaking[1:], strict=
 # next step adds its own `mean` to that, with *its* history, and so on: a chain that begins at step 1.
 #
 # ```
-# running_mean ── + ── f · mean(step 30)
-#                 └─ (1 − f) · running_mean ── + ── f · mean(step 29)
-#                                              └─ (1 − f) · running_mean ── + ── ...
+# running_mean ── + ── f · mean (step 30)
+#                 └── (1 − f) · ── + ── f · mean (step 29)
+#                                  └── (1 − f) · ── + ── f · mean (step 28)
+#                                                   └── ...
 # ```
 #
 # `loss.backward()` frees the large tensors saved in each step's graph, but the nodes themselves live
@@ -187,7 +189,7 @@ print("every buffer is clean:", inspect_buffers(cured_net).ok)
 # **Not a bit of the training changes.** The history was never used for anything.
 
 # %%
-fig, (left, right) = plt.subplots(1, 2, figsize=(12, 4.2), layout="constrained")
+fig, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 forms = {"rebind": leaking, "slice": sliced, "no_grad": cured, "detach": detached}
 plots.graph_growth(forms, left)
 heap = {"rebind": leaking_trace, "no_grad": cured_trace}
@@ -195,14 +197,15 @@ growth = {
     form: [(row.heap_bytes - trace.rows[0].heap_bytes) / 2**10 for row in trace.rows]
     for form, trace in heap.items()
 }
-plots.graph_growth(growth, right, unit="KiB of host heap")
+plots.graph_growth(growth, right, unit="growth of the host heap (KiB)")
 plt.show()
 print(left.get_label())
+print(right.get_label())
 
 # %% [markdown]
 # Left, what is behind the buffer: it rises for both leaks and lies flat for both cures. Right, the
-# memory of this process: what the leak costs, a few KiB a step here. A GPU's own counter would hardly
-# see it, because after `backward()` only the nodes remain, and they live in the host's memory.
+# memory of this process: what the leak costs with every step. A GPU's own counter would
+# hardly see it, because after `backward()` only the nodes remain, and they live in the host's memory.
 #
 # ## Move it yourself
 #
