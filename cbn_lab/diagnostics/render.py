@@ -266,3 +266,33 @@ def diagnosis_as_html(diagnosis: Any) -> str:
     table = html_table(header, rows, marked) if rows else ""
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in diagnosis.notes)
     return report_html(diagnosis_summary(diagnosis), table, notes)
+
+
+def checklist_summary(checklist: Any) -> str:
+    failed = len(checklist.failures)
+    total = len(checklist.rows)
+    return f"all {total} checks passed" if not failed else f"{failed} of {total} checks failed"
+
+
+def checklist_as_text(checklist: Any) -> str:
+    """A line for each property; what failed says what was expected, what came, where to read."""
+    lines = [checklist_summary(checklist)]
+    for row in checklist.rows:
+        lines.append(f"{'pass' if row.passed else 'FAIL'}  {row.name}")
+        if not row.passed:
+            for key in ("expected", "found", "see"):
+                text = f"{key + ':':10}{getattr(row, key)}"
+                indent = " " * 6
+                lines += textwrap.wrap(text, 96, initial_indent=indent, subsequent_indent=" " * 16)
+    return "\n".join(lines)
+
+
+def checklist_as_html(checklist: Any) -> str:
+    """A row for each property, failed ones marked."""
+    header = ("result", "property", "expected", "found", "read on")
+    rows = [
+        ("✓ pass" if row.passed else "✗ fail", row.name, row.expected, row.found, row.see)
+        for row in checklist.rows
+    ]
+    table = html_table(header, rows, [not row.passed for row in checklist.rows])
+    return report_html(checklist_summary(checklist), table)

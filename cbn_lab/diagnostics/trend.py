@@ -34,6 +34,12 @@ def per_step(values: Sequence[float]) -> float:
 
 
 def climbs_steadily(values: Sequence[float], least: float) -> bool:
-    """Whether every step of the second half adds something, ``least`` or more in the median."""
+    """Whether every step of the second half adds about the same, ``least`` or more.
+
+    For a noisy measure: four steps at least are asked for, and none may add four times as much
+    as the median step.
+    """
     steps = np.diff(values[len(values) // 2 :])
-    return len(steps) > 0 and bool(steps.min() > 0) and float(np.median(steps)) >= least
+    if len(steps) < 4 or steps.min() <= 0:
+        return False
+    return bool(least <= np.median(steps) and steps.max() <= 4 * np.median(steps))
