@@ -15,6 +15,7 @@ from .diagnostics.buffers import BufferReport as BufferReport
 from .diagnostics.buffers import inspect_buffers as inspect_buffers
 from .diagnostics.memory import MemoryTrace as MemoryTrace
 from .explorers.momentum import MomentumExplorer as MomentumExplorer
+from .explorers.whitening import WhiteningExplorer as WhiteningExplorer
 from .specimens import LeakyBatchNorm2d as LeakyBatchNorm2d
 from .specimens import LeakyComplexBatchNorm2d as LeakyComplexBatchNorm2d
 from .whitening import whitening_matrix as whitening_matrix
