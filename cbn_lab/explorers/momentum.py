@@ -125,11 +125,11 @@ class MomentumExplorer(base.Explorer):
             ax: where to draw; a new figure where None.
         """
         ax = plots.running_statistics(
-            self.running_means.numpy(), self.batch_means.numpy(), self.true_means.numpy(), ax
+            self.running_means.numpy(),
+            self.batch_means.numpy(),
+            self.true_means.numpy(),
+            ax,
+            memory=self.memory,
         )
-        first = max(STEPS - self.memory, 0)
-        ax.axvspan(first + 0.5, STEPS + 0.5, color=plots.PALETTE["orange"], alpha=0.2, lw=0)
-        top = ax.get_xaxis_transform()
-        ax.text(STEPS, 0.97, f"memory {self.memory:.0f} ", ha="right", va="top", transform=top)
         ax.set_label(self.summary)
         return ax
