@@ -18,7 +18,14 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy, max_pool2d, relu
 
-from cbn_lab import LeakExplorer, LeakyComplexBatchNorm2d, MemoryTrace, datasets, inspect_buffers, plots
+from cbn_lab import (
+    LeakExplorer,
+    LeakyComplexBatchNorm2d,
+    MemoryTrace,
+    datasets,
+    inspect_buffers,
+    plots,
+)
 from cbn_lab.exercises import TODO, check, predict
 from cbn_lab.specimens import UPDATES
 
@@ -300,6 +307,7 @@ check("reproduce", model_around)
 #
 # `loss.backward()` frees the large tensors that each step's graph had saved. The nodes live on. In
 # a loop that never calls `backward`, say one that only evaluates the loss, the tensors stay too:
+
 
 # %% tags=["nbval-check-output"]
 def retained(train_it, steps=5):
