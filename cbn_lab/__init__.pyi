@@ -14,6 +14,7 @@ from .complex_batch_norm import NaiveComplexBatchNorm3d as NaiveComplexBatchNorm
 from .diagnostics.buffers import BufferReport as BufferReport
 from .diagnostics.buffers import inspect_buffers as inspect_buffers
 from .diagnostics.memory import MemoryTrace as MemoryTrace
+from .explorers.leak import LeakExplorer as LeakExplorer
 from .explorers.momentum import MomentumExplorer as MomentumExplorer
 from .explorers.whitening import WhiteningExplorer as WhiteningExplorer
 from .specimens import LeakyBatchNorm2d as LeakyBatchNorm2d

@@ -120,6 +120,13 @@ class Graph:
             for number in order
         )
 
+    def links(self, first: int = 0) -> list[tuple[str, list[int]]]:
+        """Name and successors of each node walked so far, from number ``first`` on."""
+        return [
+            (node.name(), list(self._successors[number]))
+            for node, number in itertools.islice(self.numbers.items(), first, None)
+        ]
+
     def add(self, tensor: Tensor) -> int:
         """Walk the graph of a tensor with history; the number of its ``grad_fn``."""
         with _untorched(), _gc_paused():
