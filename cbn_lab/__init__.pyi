@@ -20,6 +20,7 @@ from .diagnostics.diagnose import diagnose as diagnose
 from .diagnostics.guard import BufferGraphError as BufferGraphError
 from .diagnostics.guard import guard_buffers as guard_buffers
 from .diagnostics.memory import MemoryTrace as MemoryTrace
+from .explorers.leak import LeakExplorer as LeakExplorer
 from .explorers.momentum import MomentumExplorer as MomentumExplorer
 from .explorers.whitening import WhiteningExplorer as WhiteningExplorer
 from .specimens import LeakyBatchNorm2d as LeakyBatchNorm2d

@@ -133,6 +133,13 @@ class Graph:
             for number in order
         )
 
+    def links(self, first: int = 0) -> list[tuple[str, list[int]]]:
+        """Name and successors of each node walked so far, from number ``first`` on."""
+        return [
+            (node.name(), list(self._successors[number]))
+            for node, number in itertools.islice(self.numbers.items(), first, None)
+        ]
+
     def add(self, thing: Tensor | Node) -> int:
         """Walk from a node, or from the ``grad_fn`` of a tensor with history; its number."""
         with _untorched(), _gc_paused():

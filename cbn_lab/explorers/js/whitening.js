@@ -1,7 +1,7 @@
 // WhiteningExplorer: a cloud and its ellipse as it comes, naive, and whitened.
 
 const STAGES = ["input", "naive", "whitened"];
-const TITLES = { input: "input", naive: "naive: parts apart", whitened: "whitened, times Γ" };
+const TITLES = { input: "input", naive: "naive", whitened: "Γ · whitened" };
 const FRAME = { left: 40, top: 22, bottom: 34, right: 4 };
 const MOST_DOTS = 600;
 
@@ -42,8 +42,8 @@ function whiteningSummary({ rr, ii, correlation, gamma, stages }, digits) {
 
 /** One plane with a title, two axes, a cloud and its ellipses of 1σ and 2σ. */
 class Panel {
-  constructor(stage, half) {
-    [this.stage, this.half] = [stage, half];
+  constructor(stage, half, middle = [0, 0]) {
+    [this.stage, this.half, this.middle] = [stage, half, middle];
     this.axes = svg("g", { class: "cbn-axes" });
     this.cloud = svg("path", { class: "cbn-cloud" });
     this.ellipses = ["", " cbn-outer"].map((outer) =>
@@ -58,8 +58,9 @@ class Panel {
     this.width = width;
     this.side = width - FRAME.left - FRAME.right;
     this.height = this.side + FRAME.top + FRAME.bottom;
-    this.x = scale([-this.half, this.half], [0, this.side]);
-    this.y = scale([-this.half, this.half], [this.side, 0]);
+    [this.rangeX, this.rangeY] = this.middle.map((m) => [m - this.half, m + this.half]);
+    this.x = scale(this.rangeX, [0, this.side]);
+    this.y = scale(this.rangeY, [this.side, 0]);
     set(this.picture, { width, height: this.height });
     set(this.plane, { x: FRAME.left, y: FRAME.top, width: this.side, height: this.side });
     this.drawAxes();
@@ -78,11 +79,17 @@ class Panel {
       svg("text", { x: left + this.side / 2, y: bottom + 30, ...middle }, "real part"),
       svg("text", { transform: turned, ...middle }, "imaginary part"),
     );
-    for (const { value, text } of ticks(-this.half, this.half, 5)) {
-      const [x, y] = [left + this.x(value), top + this.y(value)];
+    for (const { value, text } of ticks(...this.rangeX, 5)) {
+      const x = left + this.x(value);
       this.axes.append(
-        svg("path", { d: `M${x} ${bottom}v4M${left} ${y}h-4` }),
+        svg("path", { d: `M${x} ${bottom}v4` }),
         svg("text", { x, y: bottom + 16, ...middle }, text),
+      );
+    }
+    for (const { value, text } of ticks(...this.rangeY, 5)) {
+      const y = top + this.y(value);
+      this.axes.append(
+        svg("path", { d: `M${left} ${y}h-4` }),
         svg("text", { x: left - 6, y: y + 4, "text-anchor": "end" }, text),
       );
     }
@@ -131,10 +138,10 @@ class Axes {
 
   toData(event) {
     const { left, top } = this.panel.picture.getBoundingClientRect();
-    const unit = (2 * this.panel.half) / this.panel.side;
+    const { side, rangeX, rangeY } = this.panel;
     return [
-      (event.clientX - left - FRAME.left) * unit - this.panel.half - this.mean[0],
-      this.panel.half - (event.clientY - top - FRAME.top) * unit - this.mean[1],
+      scale([0, side], rangeX)(event.clientX - left - FRAME.left) - this.mean[0],
+      scale([side, 0], rangeY)(event.clientY - top - FRAME.top) - this.mean[1],
     ];
   }
 
@@ -193,17 +200,22 @@ function panelWidth(stage, width) {
   return stage === "input" ? Math.min(300, width) : Math.floor((width - 12) / 2);
 }
 
+/** Wide enough for the largest cloud that the sliders allow, and for the origin. */
+function inputPanel(model) {
+  const middle = model.get("_mean").map((value) => value / 2);
+  const reach = Math.max(...middle.map(Math.abs));
+  return new Panel("input", reach + 2.1 * Math.sqrt(model.get("_limits").rr[1]), middle);
+}
+
 function whiteningView({ model, el }) {
   const traits = ["rr", "ii", "correlation", "gamma_rr", "gamma_ii", "gamma_ri"];
   const view = new View(model, el, traits);
   const values = float64s(model.get("_white"));
   const white = { re: values.slice(0, values.length / 2), im: values.slice(values.length / 2) };
-  const reach = Math.max(...model.get("_mean").map(Math.abs));
-  const widest = reach + 2.1 * Math.sqrt(model.get("_limits").rr[1]);
-  const half = { input: widest, naive: 3.6, whitened: 3.6 };
-  const panels = STAGES.map((stage) => new Panel(stage, half[stage]));
+  const panels = [inputPanel(model), new Panel("naive", 3.6), new Panel("whitened", 3.6)];
   const axes = new Axes(view, panels[0]);
   whiteningControls(view);
+  view.root.style.setProperty("--cbn-label", "5.8em");
   view.drawing.append(
     html("div", { class: "cbn-panels" }, ...panels.map((panel) => panel.picture)),
     html("p", { class: "cbn-hint" },
