@@ -214,7 +214,7 @@ def graph_growth(
             steps, counts, ls=line, marker=marker, markevery=every, ms=5, color=colour, label=label
         )
         slope = (counts[-1] - counts[0]) / max(len(counts) - 1, 1)
-        said.append(f"{label} {counts[-1]:,} ({slope:+.3g} a step)")
+        said.append(f"{label} {round(counts[-1]):,} ({slope:+.3g} a step)")
     _steps(ax, unit)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _legend(ax)
