@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from playwright.sync_api import Locator, Page, sync_playwright
+from playwright.sync_api import ElementHandle, Page, sync_playwright
 
 from cbn_lab.lab import SETTINGS
 
@@ -172,9 +172,59 @@ def cell_errors(tab: Page) -> list[str]:
     )
 
 
-def sliders(tab: Page) -> Locator:
-    return tab.locator(f"{PANEL} .jupyter-widgets .noUi-handle")
+# Every control of the notebooks: how it is found, how it is moved, and what must change by that.
+VALUE = "(element) => element.type === 'checkbox' ? String(element.checked) : element.value"
+MOVES = {
+    ".jupyter-widgets .noUi-handle": (
+        lambda tab, control: _press(tab, control, "ArrowRight", "ArrowLeft"),
+        "(element) => element.getAttribute('aria-valuenow')",
+    ),
+    ".cbn-explorer input[type=range]:enabled": (
+        lambda tab, control: _press(tab, control, "ArrowRight", "ArrowLeft"),
+        VALUE,
+    ),
+    ".cbn-explorer input[type=checkbox]": (lambda tab, control: control.click(), VALUE),
+    ".jupyter-widgets.widget-radio input[type=radio]:not(:checked)": (
+        lambda tab, control: control.click(),
+        "(element) => String(element.checked)",
+    ),
+    ".jupyter-widgets.widget-text input": (lambda tab, control: _type(control, "3"), VALUE),
+    ".jupyter-widgets select, .cbn-explorer select": (lambda tab, control: _choose(control), VALUE),
+    ".cbn-explorer button:enabled": (lambda tab, control: control.click(), None),
+}
 
 
-def readout(tab: Page, index: int = 0) -> str:
-    return tab.locator(f"{PANEL} .widget-readout").nth(index).inner_text()
+def move_every_control(tab: Page) -> int:
+    """Move each control once, by keyboard where it takes keys; the number of controls."""
+    moved = 0
+    for selector, (move, value) in MOVES.items():
+        selector = ", ".join(f"{PANEL} {part}" for part in selector.split(", "))
+        for control in tab.locator(selector).element_handles():
+            if not control.is_visible():
+                continue
+            control.scroll_into_view_if_needed()
+            before = value and control.evaluate(value)
+            move(tab, control)
+            wait_until_run(tab)
+            assert value is None or control.evaluate(value) != before, selector
+            moved += 1
+    return moved
+
+
+def _press(tab: Page, control: ElementHandle, key: str, other: str) -> None:
+    """Press ``key``, or at the end of the slider the other one."""
+    value = "(e) => e.getAttribute('aria-valuenow') ?? e.value"
+    control.focus()
+    before = control.evaluate(value)
+    tab.keyboard.press(key)
+    if control.evaluate(value) == before:
+        tab.keyboard.press(other)
+
+
+def _type(control: ElementHandle, text: str) -> None:
+    control.fill(text)
+    control.press("Enter")
+
+
+def _choose(control: ElementHandle) -> None:
+    control.select_option(index=(int(control.evaluate("(e) => e.selectedIndex")) + 1) % 2)
