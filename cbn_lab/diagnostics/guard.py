@@ -83,7 +83,7 @@ class BufferGuard:
     def __init__(self, module: nn.Module, action: Action) -> None:
         self._module = module
         self._action = action
-        self._paths = {m: path for path, m in module.named_modules()}
+        self._paths = {m: _without_wrapper(path) for path, m in module.named_modules()}
         self._writers = {m for m in self._paths if _may_write(m)}
         self._active: list[tuple[nn.Module, _InPlaceWatch, _WatchedBuffers | None]] = []
         self._hooks: list[Any] = []
@@ -136,6 +136,8 @@ class BufferGuard:
         warnings.warn_explicit(message, RuntimeWarning, file or "unknown", int(line or 0))
 
     def _on_registration(self, module: nn.Module, name: str, buffer: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():  # must stand first: what follows cannot be compiled
+            return None
         if buffer is None or not has_history(buffer) or module not in self._paths:
             return None
         path = self._paths[module]
@@ -143,7 +145,7 @@ class BufferGuard:
         return buffer.detach() if self._action == "detach" else None
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if module not in self._writers or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or module not in self._writers:
             return
         watch, buffers = _InPlaceWatch(self), None
         if isinstance(module._buffers, dict):
@@ -171,6 +173,11 @@ class BufferGuard:
                 if buffer is not None and buffer.untyped_storage()._cdata == storage:
                     return f"{path}.{name}" if path else name
         return None
+
+
+def _without_wrapper(path: str) -> str:
+    """A dotted path without the name that torch.compile puts in front."""
+    return path.removeprefix("_orig_mod").lstrip(".")
 
 
 def _cut(owner: nn.Module, name: str, buffer: Tensor) -> None:
