@@ -188,7 +188,8 @@ class _Trial:
             if extent.nodes or own:
                 series = self._extents.setdefault(path, [(0, 0)] * self._steps)
                 series.append((extent.nodes, extent.retained_bytes + sum(own.values())))
-                self._examples[path] = members[-1]
+                # Without the tensor: what is held here would be freed at the wrong time.
+                self._examples[path] = dataclasses.replace(members[-1], thing=None)
                 if traced:
                     self._note_origin(path, members)
         for series in self._extents.values():
