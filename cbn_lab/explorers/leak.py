@@ -148,11 +148,14 @@ class LeakExplorer(base.Explorer):
     @property
     def summary(self) -> str:
         verdict = "leaks" if self.update in LEAKS else "does not leak"
-        plural = "" if self.step == 1 else "s"
+        behind = (
+            f"{self.nodes} nodes behind {BUFFER}, {self.new_nodes} of them new; "
+            f"they keep {self.retained_bytes:,} bytes of tensors."
+        )
         return (
-            f"Update {self.update}, which {verdict}: after {self.step} step{plural} {self.nodes} "
-            f"nodes behind {BUFFER}, {self.new_nodes} of them new; they keep "
-            f"{self.retained_bytes:,} bytes of tensors."
+            f"Update {self.update}, which {verdict}: after {self.step} "
+            f"step{'' if self.step == 1 else 's'} "
+            f"{behind if self.nodes else f'no node behind {BUFFER}.'}"
         )
 
     def plot(self, ax: Axes | None = None) -> Axes:

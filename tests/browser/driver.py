@@ -172,6 +172,24 @@ def cell_errors(tab: Page) -> list[str]:
     )
 
 
+def execute(tab: Page, code: str) -> str:
+    """Run code in the kernel of the open notebook, past its cells; what it prints."""
+    return tab.evaluate(
+        """async (code) => {
+            const context = window.jupyterapp.shell.currentWidget.sessionContext;
+            const future = context.session.kernel.requestExecute({ code, store_history: false });
+            let printed = '';
+            future.onIOPub = ({ content }) => {
+                if (content.ename) printed += `${content.ename}: ${content.evalue}`;
+                printed += content.name === 'stdout' ? content.text : '';
+            };
+            await future.done;
+            return printed;
+        }""",
+        code,
+    )
+
+
 # Every control of the notebooks: how it is found, how it is moved, and what must change by that.
 VALUE = "(element) => element.type === 'checkbox' ? String(element.checked) : element.value"
 MOVES = {

@@ -7,7 +7,7 @@ const TURN = Math.PI / 90; // 2° for a key press
  * on. Of the four ways to name them, the one nearest to the angle before, so that a handle stays
  * on its axis when that becomes the shorter one.
  */
-function namedAxes(covar, before) {
+export function namedAxes(covar, before) {
   const { variances, angle } = principalAxes(covar);
   const [long, short] = variances.map(Math.sqrt);
   if (before === null) return { angle, lengths: [long, short] };
@@ -21,7 +21,7 @@ function namedAxes(covar, before) {
 }
 
 /** What a key does to the axis of a handle; null for keys that are not ours. */
-function keyMove(key, angle, length, [shortest, longest]) {
+export function keyMove(key, angle, length, [shortest, longest]) {
   const moves = {
     ArrowLeft: [angle + TURN, length],
     ArrowRight: [angle - TURN, length],

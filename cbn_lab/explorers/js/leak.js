@@ -16,7 +16,7 @@ const boxWidth = (name) => shortName(name).length * BOX.letter + BOX.pad;
  * The nodes of a recording as [{ name, links, step, sink, level }], levels counted downwards from
  * the step's first node. Sinks, the weights' AccumulateGrad, belong to all steps.
  */
-function graphNodes(recording) {
+export function graphNodes(recording) {
   const nodes = recording.new.flatMap((found, k) =>
     found.map(([name, links]) => ({ name, links, step: k + 1, sink: links.length === 0, level: 0 })));
   let moved = true;
@@ -49,7 +49,7 @@ const rowWidth = (row) =>
   row.reduce((sum, { name }) => sum + boxWidth(name) + BOX.gap, -BOX.gap);
 
 /** What of a recording is drawn after `step` steps in this width: the rest is folded. */
-function leakLayout(nodes, step, width) {
+export function leakLayout(nodes, step, width) {
   const columns = [];
   let left = narrow(width) ? width : width - BUFFER.width - COLUMN.gap;
   for (let k = step; k >= 1; k--) {
@@ -214,9 +214,12 @@ function leakState(model) {
 
 /** Word for word the summary of explorers/leak.py. */
 function leakSummary({ update, leaks, step, nodes, fresh, bytes }) {
+  const behind = nodes === 0
+    ? "no node behind running_mean."
+    : `${nodes} nodes behind running_mean, ${fresh} of them new; `
+      + `they keep ${grouped(bytes)} bytes of tensors.`;
   return `Update ${update}, which ${leaks ? "leaks" : "does not leak"}: `
-    + `after ${step} step${step === 1 ? "" : "s"} ${nodes} nodes behind running_mean, `
-    + `${fresh} of them new; they keep ${grouped(bytes)} bytes of tensors.`;
+    + `after ${step} step${step === 1 ? "" : "s"} ${behind}`;
 }
 
 function choice(view, name, label, options) {

@@ -83,6 +83,7 @@ function keepKeys(element) {
  */
 function slider(view, { name, label, limits: [min, max], step, text = String }) {
   const input = keepKeys(html("input", { type: "range", min, max, step }));
+  input.dataset.trait = name;
   const readout = html("span", { class: "cbn-readout", "aria-hidden": "true" });
   const element = html("label", { class: "cbn-control" }, html("span", {}, label), input, readout);
   view.listen(input, "input", () => view.change({ [name]: input.valueAsNumber }));
