@@ -14,17 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cbn_lab.kernels import native
-from cbn_lab.kernels.job import Job
+from cbn_lab.kernels.cpu import native
+from cbn_lab.kernels.cpu.job import Job
 from cbn_lab.kernels.layout import Layout, like, walkable
 
 TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, little enough to share
 TASKS = 256  # at most about so many parts: each costs a row of sums
 SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
-
-
-class Statistics:
-    """Mean (C, 2) and biased covariance (C, 3) of a batch, in float64."""
 
 
 @functools.cache
@@ -36,12 +32,12 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
     label = f"{kind}_{'interleaved' if interleaved else 'apart'}"
 
     def build() -> dict[str, tuple[str, bytes]]:
-        from cbn_lab.kernels import numba_source
+        from cbn_lab.kernels.cpu import compiled
 
-        return numba_source.compile_loops(label, dtype is torch.float64, interleaved, rows)
+        return compiled.compile_loops(label, dtype is torch.float64, interleaved, rows)
 
     folder = Path(__file__).parent
-    texts = [folder / "numba_source.py", folder / "job.py", folder.parent / "whitening.py"]
+    texts = [*sorted(folder.glob("*.py")), folder.parents[1] / "whitening.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in texts)
     names = [f"{label}.{name}" for name in small + sweeps]
     found = native.load(names, build, source)
