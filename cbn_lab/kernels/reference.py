@@ -102,3 +102,44 @@ def apply(a: Float[Tensor, "C 2 2"], re: Tensor, im: Tensor) -> Pair:
     """A·x for each channel, term by term: ``bmm`` on long rows of 2×2 is seven times as slow."""
     rr, ri, ir, ii = (per_channel(a[:, j, k], re) for j in (0, 1) for k in (0, 1))
     return rr * re + ri * im, ir * re + ii * im
+
+
+class Sweep:
+    """The steps of a forward and a backward, as every engine offers them; all in float64."""
+
+    def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
+        self.like, self.eps = parts, eps
+        self.x = as_pair(parts)
+
+    def moments(self) -> tuple[Tensor, Tensor]:
+        return moments(*self.x)
+
+    def apply(self, mean, covar, weight, bias) -> tuple[Tensor, ...]:
+        weight, bias = (None if p is None else p.double() for p in (weight, bias))
+        return self.outputs(whiten(*self.x, mean, covar, weight, bias, self.eps))
+
+    def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
+        self.g, self.mean, self.covar = as_pair(grads), mean, covar
+
+    def gram(self) -> tuple[Tensor, Tensor]:
+        return gram(*self.x, *self.g, self.mean)
+
+    def apply_backward(self, weight, total, product, count, need_input):
+        weight_grad, _ = parameter_gradients(self.covar, self.eps, total, product)
+        if not need_input:
+            return (), weight_grad
+        weight = None if weight is None else weight.double()
+        state = (self.mean, self.covar, weight, self.eps, total, product, count)
+        return self.outputs(input_gradient(*self.x, *self.g, *state)), weight_grad
+
+    def outputs(self, pair: Pair) -> tuple[Tensor, ...]:
+        """In the form, dtype and memory format of the input."""
+        pair = pair if len(self.like) == 2 else (torch.complex(*pair),)
+        return tuple(torch.empty_like(x).copy_(y) for x, y in zip(self.like, pair, strict=True))
+
+
+def as_pair(parts: tuple[Tensor, ...]) -> Pair:
+    """Real and imaginary part in float64."""
+    if len(parts) == 1:
+        parts = parts[0].real, parts[0].imag
+    return tuple(part.double() for part in parts)

@@ -44,6 +44,11 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
     return {name.split(".")[1]: loop for name, loop in found.items()}
 
 
+def check_available() -> None:
+    """Raise where the loops can be neither loaded nor compiled here."""
+    loops(torch.float32, True, False)
+
+
 class Sweep:
     """One call's data, described to the loops."""
 
@@ -53,7 +58,9 @@ class Sweep:
         rest = tuple(like(part, self.layout, first)[0] for part in parts[1:])
         self.parts = (first, *rest)
         if len(parts) == 2 and rest[0].stride() != first.stride():
-            rest = (torch.empty_strided(first.shape, first.stride(), dtype=first.dtype).copy_(rest[0]),)
+            rest = (
+                torch.empty_strided(first.shape, first.stride(), dtype=first.dtype).copy_(rest[0]),
+            )
             self.parts = (first, *rest)
         self.interleaved = first.is_complex()
         self.step = 2 if self.interleaved else 1

@@ -68,7 +68,9 @@ def cache_folder() -> Path:
 def _key(source: str) -> str:
     features = llvm.get_host_cpu_features().flatten()
     parts = [source, version("numba"), version("llvmlite"), llvm.get_process_triple()]
-    return hashlib.sha256("\0".join([*parts, llvm.get_host_cpu_name(), features]).encode()).hexdigest()[:24]
+    return hashlib.sha256(
+        "\0".join([*parts, llvm.get_host_cpu_name(), features]).encode()
+    ).hexdigest()[:24]
 
 
 def _store(path: Path, compiled: dict[str, tuple[str, bytes]]) -> None:
