@@ -1,0 +1,97 @@
+"""A census of live tensors: every storage made while it is on, and those there before.
+
+It sees what no walk from a module can: tensors saved inside C++, kept in closures, lists or
+reference cycles. It counts storages, so a view costs nothing and two views of one storage count
+once. It is blind to autograd nodes as such; those are walked from the tensors it knows.
+"""
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cbn_lab.diagnostics import graph
+
+
+class _StorageRef(weakref.ref):
+    """A weak reference that remembers what it stood for: its key is gone when it is called."""
+
+    __slots__ = ("key", "nbytes")
+
+
+class Census(TorchDispatchMode):
+    """Counts bytes of live storages; a context manager.
+
+    Attributes:
+        tensor_bytes: bytes of all live storages on the device, each once.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        super().__init__()
+        self.device = torch.device(device).type
+        self.tensor_bytes = 0
+        self._storages: dict[int, _StorageRef] = {}
+        self._tensors: dict[int, weakref.ref] = {}
+
+    def __enter__(self) -> "Census":
+        for thing in gc.get_objects():
+            # Not isinstance: it would call __class__ of proxies, and import what they stand for.
+            if issubclass(type(thing), Tensor):
+                self._note(thing)
+                self._note_history(thing)
+                if thing.is_leaf and thing.grad is not None:
+                    self._note(thing.grad)  # held in C++, out of the collector's sight
+        return super().__enter__()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        output = func(*args, **(kwargs or {}))
+        if isinstance(output, Tensor):
+            self._note(output)
+            if torch.is_grad_enabled():
+                self._note_history(output)
+        elif isinstance(output, (tuple, list)):
+            for part in output:
+                if isinstance(part, Tensor):
+                    self._note(part)
+                    if torch.is_grad_enabled():
+                        self._note_history(part)
+        return output
+
+    def with_history(self) -> Iterator[Tensor]:
+        """The live tensors that hold an autograd graph."""
+        for reference in list(self._tensors.values()):
+            tensor = reference()
+            if tensor is not None and graph.has_history(tensor):
+                yield tensor
+
+    def _note(self, tensor: Tensor) -> None:
+        if tensor.device.type != self.device or tensor.layout is not torch.strided:
+            return
+        try:
+            storage = tensor.untyped_storage()
+        except (NotImplementedError, RuntimeError):
+            return
+        key, nbytes = storage._cdata, storage.nbytes()
+        known = self._storages.get(key)
+        if known is None:
+            reference = _StorageRef(storage, self._forget)
+            reference.key, reference.nbytes = key, nbytes
+            self._storages[key] = reference
+            self.tensor_bytes += nbytes
+        elif known.nbytes != nbytes:  # resized
+            self.tensor_bytes += nbytes - known.nbytes
+            known.nbytes = nbytes
+
+    def _forget(self, reference: _StorageRef) -> None:
+        if self._storages.get(reference.key) is reference:
+            del self._storages[reference.key]
+            self.tensor_bytes -= reference.nbytes
+
+    def _note_history(self, tensor: Tensor) -> None:
+        key = id(tensor)
+        if key not in self._tensors:
+            tensors = self._tensors
+            self._tensors[key] = weakref.ref(tensor, lambda _: tensors.pop(key, None))

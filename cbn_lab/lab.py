@@ -1,0 +1,35 @@
+"""``cbn-lab lab``: JupyterLab at the first notebook."""
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
+# Settings that keep JupyterLab from asking the network for news, and the user whether it may.
+SETTINGS = Path(__file__).resolve().parent / "jupyter"
+PASSES_OPTIONS_ON = True  # --no-browser, --port and all others are JupyterLab's
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "All options go on to JupyterLab: cbn-lab lab --no-browser --port=8889"
+
+
+def main(args: argparse.Namespace) -> int:
+    notebooks = sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))
+    if not notebooks:
+        print(
+            f"cbn-lab lab: expected notebooks in {NOTEBOOKS}, found none; "
+            "they come with a clone of the repository, not with the installed package",
+            file=sys.stderr,
+        )
+        return 2
+    command = [sys.executable, "-m", "jupyterlab", str(notebooks[0])]
+    command += [f"--ServerApp.root_dir={NOTEBOOKS}"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # in a container; the server listens to this machine only
+    print(f"cbn-lab: JupyterLab opens {notebooks[0].name}; Ctrl-C twice ends it", flush=True)
+    paths = [str(SETTINGS), os.environ.get("JUPYTER_CONFIG_PATH", "")]
+    env = dict(os.environ, JUPYTER_CONFIG_PATH=os.pathsep.join(filter(None, paths)))
+    return subprocess.call([*command, *args.rest], env=env)

@@ -1,0 +1,241 @@
+"""The pictures. Each function takes and returns an ``Axes`` and never calls ``show``.
+
+Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; no two lines
+differ by colour alone. Every picture says in one sentence what it shows: ``ax.get_label()`` is
+its text alternative.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from jaxtyping import Complex, Float
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from cbn_lab.complex_batch_norm import complex_batch_norm, moments, naive_complex_batch_norm
+from cbn_lab.whitening import symmetric
+
+PALETTE = {
+    "blue": "#0072B2",
+    "vermilion": "#D55E00",
+    "green": "#009E73",
+    "purple": "#CC79A7",
+    "orange": "#E69F00",
+    "grey": "#6E6E6E",
+    "ink": "#222222",
+}
+STAGES = {  # stage of a whitening: its colour and its line
+    "input": (PALETTE["ink"], "--"),
+    "naive": (PALETTE["vermilion"], "-."),
+    "whitened": (PALETTE["blue"], "-"),
+}
+SERIES = [  # colour, line and marker of the first, second, ... series
+    (PALETTE["blue"], "-", "o"),
+    (PALETTE["vermilion"], "--", "s"),
+    (PALETTE["green"], "-.", "^"),
+    (PALETTE["purple"], ":", "D"),
+    (PALETTE["orange"], (0, (5, 1)), "v"),
+    (PALETTE["grey"], (0, (1, 1)), "x"),
+]
+
+
+def _axes(ax: Axes | None) -> Axes:
+    ax = plt.subplots(layout="constrained")[1] if ax is None else ax
+    ax.spines[["top", "right"]].set_visible(False)
+    return ax
+
+
+def _legend(ax: Axes) -> None:
+    """Above the picture, where it hides no data."""
+    ax.legend(frameon=False, fontsize="small", loc="lower left", bbox_to_anchor=(0, 1), ncols=3)
+
+
+def _steps(ax: Axes, ylabel: str) -> None:
+    ax.set(xlabel="training step", ylabel=ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def normalised(z: Complex[Tensor, "M"], stage: str) -> Complex[Tensor, "M"]:
+    """One channel of data as it comes, normalised part by part, or whitened (Γ = 1, β = 0)."""
+    functions = {"naive": naive_complex_batch_norm, "whitened": complex_batch_norm}
+    if stage == "input":
+        return z
+    return functions[stage](z[:, None], None, None, training=True)[:, 0]
+
+
+def ellipse(z: Complex[Tensor, "M"], sigma: float = 1.0) -> Float[np.ndarray, "2 181"]:
+    """The ellipse of ``sigma`` standard deviations: the image of a circle under V^(1/2)."""
+    mean, covar = _moments(z)
+    variances, axes = torch.linalg.eigh(covar)
+    angle = torch.linspace(0, 2 * torch.pi, 181, dtype=torch.float64)
+    circle = torch.stack([angle.cos(), angle.sin()])
+    curve = axes @ (variances.clamp(min=0).sqrt()[:, None] * circle)
+    return (mean[:, None] + sigma * curve).numpy()
+
+
+def axis_ratio(z: Complex[Tensor, "M"]) -> float:
+    """Long axis over short axis of the 1σ ellipse; 1 for a circle."""
+    short, long = torch.linalg.eigvalsh(_moments(z)[1]).clamp(min=0)
+    return float((long / short).sqrt())
+
+
+def _moments(z: Complex[Tensor, "M"]) -> tuple[Float[Tensor, "2"], Float[Tensor, "2 2"]]:
+    mean, covar = moments(z.real[:, None].double(), z.imag[:, None].double())
+    return mean[0], symmetric(covar)[0]
+
+
+def whitening(
+    z: Complex[Tensor, "*shape"],
+    ax: Axes | None = None,
+    *,
+    stages: Sequence[str] = tuple(STAGES),
+    points: str | None = "input",
+) -> Axes:
+    """Complex data as a cloud with its 1σ and 2σ ellipses: before, naive, whitened.
+
+    Args:
+        z: the values of one channel, in any shape.
+        ax: where to draw; a new figure where None.
+        stages: which ellipses to draw, of ``"input"``, ``"naive"``, ``"whitened"``.
+        points: the stage whose values are drawn as points, or None.
+
+    Raises:
+        ValueError: an unknown stage, or fewer than two values.
+        TypeError: data that is not complex.
+    """
+    z = torch.as_tensor(z).detach().cpu().flatten()
+    if not z.is_complex():
+        raise TypeError(f"expected complex values, got {z.dtype}")
+    if len(z) < 2:
+        raise ValueError(f"expected at least 2 values, got {len(z)}")
+    unknown = [stage for stage in (*stages, points) if stage not in (*STAGES, None)]
+    if unknown:
+        raise ValueError(f"expected stages among {', '.join(STAGES)}, got {unknown[0]!r}")
+    ax, said = _axes(ax), []
+    if points is not None:
+        shown = normalised(z, points)[:: max(1, len(z) // 1000)]  # more would only be ink
+        colour = PALETTE["grey"] if points == "input" else STAGES[points][0]
+        ax.plot(shown.real, shown.imag, ".", ms=3, alpha=0.35, color=colour, zorder=1)
+    for stage in stages:
+        values = normalised(z, stage)
+        colour, line = STAGES[stage]
+        for sigma, width in ((1, 2.2), (2, 1.2)):
+            label = stage if sigma == 1 else None
+            ax.plot(*ellipse(values, sigma), line, color=colour, lw=width, label=label)
+        said.append(f"{stage} {axis_ratio(values):.2f}")
+    ax.set(xlabel="real part", ylabel="imaginary part", aspect="equal")
+    ax.axhline(0, color=PALETTE["grey"], lw=0.5, zorder=0)
+    ax.axvline(0, color=PALETTE["grey"], lw=0.5, zorder=0)
+    _legend(ax)
+    ax.set_label(f"Long axis over short axis: {', '.join(said)}. Thick lines 1σ, thin lines 2σ.")
+    return ax
+
+
+def running_statistics(
+    running: Float[np.ndarray, "steps"] | Mapping[str, Sequence[float]],
+    batch: Float[np.ndarray, "steps"] | Sequence[float] | None = None,
+    true: float | Sequence[float] | None = None,
+    ax: Axes | None = None,
+    *,
+    name: str = "running_mean",
+) -> Axes:
+    """A running statistic converging, over the batches it averages.
+
+    Args:
+        running: the statistic after each step, or several of them as {label: values}.
+        batch: the same statistic of each batch alone, drawn as points.
+        true: the value it should reach, constant or per step.
+        ax: where to draw; a new figure where None.
+        name: what the statistic is called, for the axis and the legend.
+    """
+    ax = _axes(ax)
+    series = running if isinstance(running, Mapping) else {name: running}
+    if batch is not None:
+        steps = np.arange(1, len(batch) + 1)
+        ax.plot(steps, batch, ".", ms=4, color=PALETTE["grey"], alpha=0.7, label="batch")
+    for (label, values), (colour, line, _) in zip(series.items(), SERIES, strict=False):
+        ax.plot(np.arange(1, len(values) + 1), values, ls=line, lw=2, color=colour, label=label)
+    if true is not None:
+        steps = max(len(values) for values in series.values())
+        ax.plot(
+            np.arange(1, steps + 1),
+            np.broadcast_to(true, steps),
+            color=PALETTE["green"],
+            lw=1,
+            ls=(0, (4, 3)),
+            label="true value",
+        )
+    _steps(ax, name)
+    _legend(ax)
+    ends = ", ".join(f"{label} {float(values[-1]):.3f}" for label, values in series.items())
+    aim = "" if true is None else f"; true value {float(np.ravel(true)[-1]):.3f}"
+    ax.set_label(f"{name} after the last step: {ends}{aim}.")
+    return ax
+
+
+def graph_growth(
+    nodes: Mapping[str, Sequence[int]],
+    ax: Axes | None = None,
+    *,
+    unit: str = "graph nodes behind the buffer",
+) -> Axes:
+    """The autograd graph behind a buffer, step by step: leaks rise, cures stay at 0.
+
+    Args:
+        nodes: {form of update: nodes (or bytes) reachable from the buffer after each step}.
+        ax: where to draw; a new figure where None.
+        unit: what is counted, for the axis.
+    """
+    ax, said = _axes(ax), []
+    for (label, counts), (colour, line, marker) in zip(nodes.items(), SERIES, strict=False):
+        steps = np.arange(1, len(counts) + 1)
+        every = max(1, len(counts) // 10)
+        ax.plot(
+            steps, counts, ls=line, marker=marker, markevery=every, ms=5, color=colour, label=label
+        )
+        slope = (counts[-1] - counts[0]) / max(len(counts) - 1, 1)
+        said.append(f"{label} {counts[-1]:,} ({slope:+.3g} a step)")
+    _steps(ax, unit)
+    ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
+    _legend(ax)
+    ax.set_label(f"{unit} after the last step: " + ", ".join(said) + ".")
+    return ax
+
+
+def memory(trace: Any, ax: Axes | None = None) -> Axes:
+    """What a :class:`cbn_lab.MemoryTrace` recorded, relative to its first step, in MiB.
+
+    Args:
+        trace: a ``MemoryTrace``, or its ``rows``.
+        ax: where to draw; a new figure where None.
+    """
+    rows = list(getattr(trace, "rows", trace))
+    if not rows:
+        raise ValueError("expected a trace with at least one step, got none")
+    ax, said = _axes(ax), []
+    for (field, label), (colour, line, marker) in zip(_recorded(rows[0]), SERIES, strict=False):
+        mib = np.array([getattr(row, field) for row in rows]) / 2**20
+        mib = mib - mib[0]
+        every = max(1, len(mib) // 10)
+        ax.plot(mib, ls=line, marker=marker, markevery=every, ms=5, color=colour, label=label)
+        slope = np.polyfit(range(len(mib)), mib, 1)[0] * 1024 if len(mib) > 1 else 0.0
+        said.append(f"{label} {mib[-1]:+.2f} MiB ({slope:+.1f} KiB a step)")
+    _steps(ax, "growth since the first step (MiB)")
+    _legend(ax)
+    ax.set_label("Memory after the last step: " + ", ".join(said) + ".")
+    return ax
+
+
+def _recorded(row: Any) -> Iterable[tuple[str, str]]:
+    """The quantities that a row of a trace holds: CUDA's, or those of the host."""
+    fields = {
+        "allocated": "CUDA allocated",
+        "peak": "CUDA peak",
+        "tensor_bytes": "live tensors",
+        "heap_bytes": "host heap",
+    }
+    return [(name, text) for name, text in fields.items() if getattr(row, name, None) is not None]

@@ -1,0 +1,170 @@
+"""Drive the real JupyterLab in a real Chromium, as a user would."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+from playwright.sync_api import Locator, Page, sync_playwright
+
+TOKEN = "browser-test"
+PANEL = ".jp-NotebookPanel:not(.lm-mod-hidden)"
+NAMES = ["chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome"]
+PLACES = [
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    "/Applications/Chromium.app/Contents/MacOS/Chromium",
+    "C:/Program Files/Google/Chrome/Application/chrome.exe",
+    "C:/Program Files (x86)/Google/Chrome/Application/chrome.exe",
+]
+
+
+def find_browser() -> str | None:
+    """A Chromium or Chrome: $CHROMIUM, on the path, or where its installer puts it."""
+    named = [os.environ.get("CHROMIUM"), *map(shutil.which, NAMES)]
+    return next((path for path in [*named, *PLACES] if path and Path(path).exists()), None)
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def lab(folder: Path, theme: str = "JupyterLab Light") -> Iterator[str]:
+    """``cbn-lab lab`` with settings of its own in ``folder``; yields the server's address."""
+    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
+    settings.mkdir(parents=True)
+    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
+    env = dict(
+        os.environ,
+        JUPYTER_CONFIG_DIR=str(folder / "config"),
+        JUPYTER_DATA_DIR=str(folder / "data"),
+        JUPYTER_RUNTIME_DIR=str(folder / "runtime"),
+        JUPYTERLAB_SETTINGS_DIR=str(folder / "settings"),
+        JUPYTERLAB_WORKSPACES_DIR=str(folder / "workspaces"),
+        IPYTHONDIR=str(folder / "ipython"),
+    )
+    port = free_port()
+    options = ["--no-browser", f"--port={port}", "--ServerApp.port_retries=0"]
+    options += [f"--IdentityProvider.token={TOKEN}", "--expose-app-in-browser"]
+    log = folder / "lab.log"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "cbn_lab.cli", "lab", *options],
+            env=env,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=os.name != "nt",
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        wait_for_server(url, server, log)
+        yield url
+    finally:
+        shut_down(url, server)
+
+
+def wait_for_server(url: str, server: subprocess.Popen, log: Path) -> None:
+    deadline = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(f"{url}/api/status?token={TOKEN}", timeout=2).read()
+            return
+        except OSError as error:
+            if server.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(log.read_text()[-3000:]) from error
+            time.sleep(0.2)
+
+
+def shut_down(url: str, server: subprocess.Popen) -> None:
+    """Ask the server to stop itself and its kernels: a signal would reach its parent only."""
+    headers = {"Authorization": f"token {TOKEN}"}
+    with contextlib.suppress(OSError):
+        request = urllib.request.Request(f"{url}/api/shutdown", method="POST", headers=headers)
+        urllib.request.urlopen(request, timeout=5)
+    try:
+        server.wait(20)
+    except subprocess.TimeoutExpired:
+        server.kill()
+
+
+@contextlib.contextmanager
+def page(browser: str, width: int = 1300, height: int = 950) -> Iterator[Page]:
+    """A page that collects in ``errors`` what the console reports as an error."""
+    flags = ["--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        flags.append("--no-sandbox")  # Chromium refuses to run as root otherwise
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=browser, headless=True, args=flags)
+        tab = chromium.new_page(viewport={"width": width, "height": height})
+        tab.page_errors = []
+        tab.on("pageerror", lambda error: tab.page_errors.append(str(error)))
+        yield tab
+        chromium.close()
+
+
+def open_notebook(tab: Page, url: str, name: str, timeout: int = 90_000) -> None:
+    tab.goto(f"{url}/lab/tree/{name}?token={TOKEN}&reset", timeout=timeout)
+    tab.locator("#jupyterlab-splash").wait_for(state="detached", timeout=timeout)
+    tab.locator(f"{PANEL} .jp-Cell").first.wait_for(timeout=timeout)
+    # The status bar says idle before there is a kernel, and Run All is then dropped silently: ask
+    # the session itself.
+    tab.wait_for_function(
+        """() => {
+            const widget = window.jupyterapp?.shell.currentWidget;
+            const session = widget?.sessionContext;
+            const kernel = session?.session?.kernel;
+            return session?.isReady && widget.context.isReady
+                && kernel?.connectionStatus === 'connected' && kernel.status === 'idle';
+        }""",
+        timeout=timeout,
+    )
+
+
+def run_all(tab: Page, timeout: int = 180_000) -> None:
+    tab.locator("#jp-MainMenu li.lm-MenuBar-item", has_text="Run").first.click()
+    tab.locator('.lm-Menu li[data-command="runmenu:run-all"]').click()
+    wait_until_run(tab, timeout)
+
+
+def wait_until_run(tab: Page, timeout: int = 180_000) -> None:
+    """Every code cell has run; asks the model, which also knows the cells out of sight."""
+    tab.wait_for_function(
+        """() => {
+            const widget = window.jupyterapp.shell.currentWidget;
+            const code = widget.content.widgets.filter(
+                (cell) => cell.model.type === 'code' && cell.model.sharedModel.getSource().trim());
+            const waiting = code.some((cell) => cell.model.executionState === 'running'
+                || cell.model.executionCount === null
+                || cell.promptNode?.textContent.includes('*'));
+            return !waiting && widget.sessionContext.session.kernel.status === 'idle';
+        }""",
+        timeout=timeout,
+    )
+
+
+def cell_errors(tab: Page) -> list[str]:
+    """Tracebacks and stderr of all cells, from the model."""
+    return tab.evaluate(
+        """() => window.jupyterapp.shell.currentWidget.content.widgets
+            .filter((cell) => cell.model.type === 'code')
+            .flatMap((cell) => cell.model.outputs.toJSON())
+            .filter((o) => o.output_type === 'error' || o.name === 'stderr')
+            .map((o) => o.ename ? `${o.ename}: ${o.evalue}` : String(o.text))"""
+    )
+
+
+def sliders(tab: Page) -> Locator:
+    return tab.locator(f"{PANEL} .jupyter-widgets .noUi-handle")
+
+
+def readout(tab: Page, index: int = 0) -> str:
+    return tab.locator(f"{PANEL} .widget-readout").nth(index).inner_text()

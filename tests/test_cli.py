@@ -1,0 +1,31 @@
+import subprocess
+import sys
+
+from cbn_lab import cli, lab
+
+
+def test_lab_opens_the_first_notebook_and_passes_options_on(monkeypatch, capsys):
+    commands = []
+    monkeypatch.setattr(lab.subprocess, "call", lambda command, env: commands.append(command) or 0)
+    assert cli.main(["lab", "--no-browser", "--port=9999"]) == 0
+    (command,) = commands
+    assert command[:3] == [sys.executable, "-m", "jupyterlab"]
+    assert command[3] == str(lab.NOTEBOOKS / "01_running_mean.ipynb")
+    assert command[-2:] == ["--no-browser", "--port=9999"]
+    assert "01_running_mean.ipynb" in capsys.readouterr().out
+
+
+def test_lab_without_notebooks_says_where_they_come_from(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(lab, "NOTEBOOKS", tmp_path)
+    assert cli.main(["lab"]) == 2
+    assert "clone of the repository" in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch():
+    code = (
+        "import sys; from cbn_lab import cli\ntry: cli.main(['--help'])\nexcept SystemExit: pass\n"
+    )
+    code += "print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "open JupyterLab" in out.stdout
+    assert out.stdout.splitlines()[-1] == "False"
