@@ -16,46 +16,10 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from cbn_lab import checks
-from cbn_lab.batch_norm import NormBase, batch_norm, per_channel, reduced_dims
+from cbn_lab import checks, kernels
+from cbn_lab.batch_norm import NormBase, batch_norm
+from cbn_lab.kernels.reference import Pair
 from cbn_lab.running_stats import bessel, update_
-from cbn_lab.whitening import symmetric, whitening_matrix
-
-Pair = tuple[Float[Tensor, "N C *spatial"], Float[Tensor, "N C *spatial"]]
-
-
-def moments(re: Tensor, im: Tensor) -> tuple[Float[Tensor, "C 2"], Float[Tensor, "C 3"]]:
-    """Mean (re, im) and biased covariance (rr, ii, ri) of each channel.
-
-    Centred before multiplying: E[x²] − E[x]² would cancel where the mean is large.
-    """
-    dims = reduced_dims(re)
-    mean = torch.stack([re.mean(dims), im.mean(dims)], -1)
-    re, im = re - per_channel(mean[:, 0], re), im - per_channel(mean[:, 1], im)
-    covar = [(re * re).mean(dims), (im * im).mean(dims), (re * im).mean(dims)]
-    return mean, torch.stack(covar, -1)
-
-
-def whiten(
-    re: Tensor,
-    im: Tensor,
-    mean: Float[Tensor, "C 2"],
-    covar: Float[Tensor, "C 3"],
-    weight: Float[Tensor, "C 3"] | None,
-    bias: Float[Tensor, "C 2"] | None,
-    eps: float,
-) -> Pair:
-    """y = A·(x − μ) + β with A = Γ·V^(−1/2): one linear map of the plane per channel."""
-    a = whitening_matrix(covar, eps)
-    if weight is not None:
-        a = symmetric(weight) @ a
-    re, im = re - per_channel(mean[:, 0], re), im - per_channel(mean[:, 1], im)
-    out_re = per_channel(a[:, 0, 0], re) * re + per_channel(a[:, 0, 1], im) * im
-    out_im = per_channel(a[:, 1, 0], re) * re + per_channel(a[:, 1, 1], im) * im
-    if bias is not None:
-        out_re = out_re + per_channel(bias[:, 0], re)
-        out_im = out_im + per_channel(bias[:, 1], im)
-    return out_re, out_im
 
 
 def complex_batch_norm(
@@ -67,17 +31,20 @@ def complex_batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    engine: str = "auto",
 ) -> Complex[Tensor, "N C *spatial"] | Pair:
     """Whiten each channel by the 2×2 covariance of its real and imaginary part.
 
     Args:
-        input: (N, C, ...) complex, or a pair of real tensors of that shape. All is computed in
-            float64: where the parts are nearly proportional, float32 loses every digit.
+        input: (N, C, ...) complex, or a pair of real tensors of that shape.
         running_mean, running_covar: (C, 2) and (C, 3), or None; updated in place when training.
             The covariance is stored unbiased, in the order rr, ii, ri, and without eps.
         weight: (C, 3): the symmetric Γ as rr, ii, ri; None for the identity.
         bias: (C, 2): β; None for 0.
         training, momentum, eps: as in :func:`cbn_lab.functional.batch_norm`.
+        engine: "auto" takes the fastest one for the device: "numba" on the CPU, "triton" on CUDA,
+            else "reference", which is plain torch in float64.
 
     Raises:
         ValueError: wrong shapes, one value per channel in training, no statistics in evaluation.
@@ -85,18 +52,14 @@ def complex_batch_norm(
     """
     parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
     checks.check_eps(eps, training)
-    re, im = (part.double() for part in parts)
+    statistics = (None, None) if training else (running_mean, running_covar)
+    output, mean, covar = kernels.whiten(parts, *statistics, weight, bias, eps, engine)
     if training:
-        mean, covar = moments(re, im)
         if running_mean is not None:
             update_(running_mean, mean, momentum)
         if running_covar is not None:
-            update_(running_covar, covar * bessel(checks.check_enough_values(re)), momentum)
-    else:
-        mean, covar = running_mean.double(), running_covar.double()
-    weight, bias = (None if p is None else p.double() for p in (weight, bias))
-    out = (y.to(parts[0].dtype) for y in whiten(re, im, mean, covar, weight, bias, eps))
-    return tuple(out) if isinstance(input, tuple) else torch.complex(*out)
+            update_(running_covar, covar * bessel(checks.check_enough_values(parts[0])), momentum)
+    return output if len(output) == 2 else output[0]
 
 
 def check_arguments(
@@ -106,18 +69,19 @@ def check_arguments(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-) -> Pair:
-    """The real and the imaginary part, once everything has been found as it must be."""
-    re, im = split(input)
+    alone: bool = True,
+) -> tuple[Tensor, ...]:
+    """The complex tensor or the two real ones, once everything has been found as it must be."""
+    re = part_of(input)
     checks.check_channels(re, channels(re, running_mean, running_covar, weight, bias))
     rows = dict(running_mean=2, running_covar=3, weight=3, bias=2)
     given = (running_mean, running_covar, weight, bias)
     for (name, length), tensor in zip(rows.items(), given, strict=True):
         checks.check_shape(name, tensor, (re.shape[1], length))
     checks.check_statistics_given(training, running_mean=running_mean, running_covar=running_covar)
-    if training:
+    if training and alone:  # with others, what counts is the sum over the ranks
         checks.check_enough_values(re)
-    return re, im
+    return (input,) if isinstance(input, Tensor) else tuple(input)
 
 
 def channels(re: Tensor, *given: Tensor | None) -> int:
@@ -125,12 +89,19 @@ def channels(re: Tensor, *given: Tensor | None) -> int:
     return next((len(tensor) for tensor in given if tensor is not None), re.shape[1:2].numel())
 
 
-def split(input: Tensor | Pair) -> Pair:
+def part_of(input: Tensor | Pair) -> Tensor:
+    """One tensor that has the shape and device of the whole, checked to be what it must be."""
     if isinstance(input, (tuple, list)):
         checks.check_pair(*input)
-        return tuple(input)
+        return input[0]
     checks.check_complex(input)
-    return input.real, input.imag
+    return input
+
+
+def split(input: Tensor | Pair) -> Pair:
+    """Real and imaginary part."""
+    part_of(input)
+    return tuple(input) if isinstance(input, (tuple, list)) else (input.real, input.imag)
 
 
 def naive_complex_batch_norm(
@@ -172,14 +143,51 @@ class _ComplexNormBase(NormBase):
     ) -> Complex[Tensor, "N C *spatial"] | Pair:
         """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
         value = input if imag is None else (input, imag)
-        self.check_input(split(value)[0])
+        self.check_input(part_of(value))
         return self.run(type(self).function, value)
+
+    def parameter_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """``dtype=torch.complex64`` asks for float32: parameters and statistics are real."""
+        return dtype.to_real() if dtype is not None and dtype.is_complex else dtype
+
+    def statistics_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """At least float32: in half precision a covariance overflows where the input is 256."""
+        return torch.promote_types(dtype, torch.float32)
+
+    def _apply(self, fn, recurse=True):
+        """``.to(torch.complex64)`` keeps all real, ``.half()`` the statistics in float32."""
+
+        def real(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_complex() and not tensor.is_complex():
+                return tensor.to(moved.device, moved.dtype.to_real())
+            return moved
+
+        before = {name: self._buffers[name] for name in self.initial_statistics}
+        super()._apply(real, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != self.statistics_dtype(new.dtype):
+                self._buffers[name] = old.to(new.device, self.statistics_dtype(new.dtype))
+        return self
 
 
 class _NaiveComplexBatchNorm(_ComplexNormBase):
     function = naive_complex_batch_norm
     initial_parameters = {"weight": (1.0, 1.0), "bias": (0.0, 0.0)}
     initial_statistics = {"running_mean": (0.0, 0.0), "running_var": (1.0, 1.0)}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Two real layers, complexPyTorch's ``bn_r`` and ``bn_i``, become our two columns."""
+        for name in (*self.initial_parameters, *self.initial_statistics):
+            keys = [f"{prefix}bn_{part}.{name}" for part in "ri"]
+            if all(key in state_dict for key in keys):
+                columns = [state_dict.pop(key) for key in keys]
+                state_dict[prefix + name] = torch.stack(columns, -1)
+        counts = [state_dict.pop(f"{prefix}bn_{p}.num_batches_tracked", None) for p in "ri"]
+        if counts[0] is not None:
+            state_dict[prefix + "num_batches_tracked"] = counts[0]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ComplexBatchNorm(_ComplexNormBase):
@@ -190,6 +198,13 @@ class _ComplexBatchNorm(_ComplexNormBase):
         "running_mean": (0.0, 0.0),
         "running_covar": (math.sqrt(0.5), math.sqrt(0.5), 0.0),
     }
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """complexPyTorch keeps ``running_mean`` as C complex numbers: the same as (C, 2) reals."""
+        mean = state_dict.get(prefix + "running_mean")
+        if mean is not None and mean.is_complex() and mean.shape == (self.num_features,):
+            state_dict[prefix + "running_mean"] = torch.view_as_real(mean.resolve_conj())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NaiveComplexBatchNorm1d(_NaiveComplexBatchNorm):
@@ -211,18 +226,60 @@ class NaiveComplexBatchNorm3d(_NaiveComplexBatchNorm):
 
 
 class ComplexBatchNorm1d(_ComplexBatchNorm):
-    """Whitening by the 2×2 covariance: complex (N, C) or (N, C, L)."""
+    """Whitening by the 2×2 covariance: complex (N, C) or (N, C, L).
+
+    ``bn(z)`` takes and returns a complex tensor, ``bn(re, im)`` a pair of real ones. Arguments and
+    behaviour are those of ``torch.nn.BatchNorm1d``; ``weight`` is (C, 3), the symmetric Γ as rr,
+    ii, ri; ``bias`` (C, 2); ``running_mean`` (C, 2); ``running_covar`` (C, 3), unbiased, without
+    eps. Trabelsi et al., *Deep Complex Networks*, ICLR 2018, section 3.5.
+
+    Checkpoints of complexPyTorch load. Its running covariance has eps in it already, and is taken
+    as it is: evaluation adds eps as it does there, so that outputs agree; in further training that
+    share fades. Its Γ starts at √2 rather than 1/√2, its momentum and order rr, ii, ri are ours.
+
+    Raises:
+        ValueError: wrong rank, shape or channel count, one value per channel in training.
+        TypeError: a real tensor where a complex one is due.
+    """
 
     ranks = (2, 3)
 
 
 class ComplexBatchNorm2d(_ComplexBatchNorm):
-    """Whitening by the 2×2 covariance: complex (N, C, H, W)."""
+    """Whitening by the 2×2 covariance: complex (N, C, H, W).
+
+    ``bn(z)`` takes and returns a complex tensor, ``bn(re, im)`` a pair of real ones. Arguments and
+    behaviour are those of ``torch.nn.BatchNorm2d``; ``weight`` is (C, 3), the symmetric Γ as rr,
+    ii, ri; ``bias`` (C, 2); ``running_mean`` (C, 2); ``running_covar`` (C, 3), unbiased, without
+    eps. Trabelsi et al., *Deep Complex Networks*, ICLR 2018, section 3.5.
+
+    Checkpoints of complexPyTorch load. Its running covariance has eps in it already, and is taken
+    as it is: evaluation adds eps as it does there, so that outputs agree; in further training that
+    share fades. Its Γ starts at √2 rather than 1/√2, its momentum and order rr, ii, ri are ours.
+
+    Raises:
+        ValueError: wrong rank, shape or channel count, one value per channel in training.
+        TypeError: a real tensor where a complex one is due.
+    """
 
     ranks = (4,)
 
 
 class ComplexBatchNorm3d(_ComplexBatchNorm):
-    """Whitening by the 2×2 covariance: complex (N, C, D, H, W)."""
+    """Whitening by the 2×2 covariance: complex (N, C, D, H, W).
+
+    ``bn(z)`` takes and returns a complex tensor, ``bn(re, im)`` a pair of real ones. Arguments and
+    behaviour are those of ``torch.nn.BatchNorm3d``; ``weight`` is (C, 3), the symmetric Γ as rr,
+    ii, ri; ``bias`` (C, 2); ``running_mean`` (C, 2); ``running_covar`` (C, 3), unbiased, without
+    eps. Trabelsi et al., *Deep Complex Networks*, ICLR 2018, section 3.5.
+
+    Checkpoints of complexPyTorch load. Its running covariance has eps in it already, and is taken
+    as it is: evaluation adds eps as it does there, so that outputs agree; in further training that
+    share fades. Its Γ starts at √2 rather than 1/√2, its momentum and order rr, ii, ri are ours.
+
+    Raises:
+        ValueError: wrong rank, shape or channel count, one value per channel in training.
+        TypeError: a real tensor where a complex one is due.
+    """
 
     ranks = (5,)
