@@ -13,6 +13,12 @@ from .complex_batch_norm import NaiveComplexBatchNorm2d as NaiveComplexBatchNorm
 from .complex_batch_norm import NaiveComplexBatchNorm3d as NaiveComplexBatchNorm3d
 from .diagnostics.buffers import BufferReport as BufferReport
 from .diagnostics.buffers import inspect_buffers as inspect_buffers
+from .diagnostics.checklist import Checklist as Checklist
+from .diagnostics.checklist import check_batch_norm as check_batch_norm
+from .diagnostics.diagnose import Diagnosis as Diagnosis
+from .diagnostics.diagnose import diagnose as diagnose
+from .diagnostics.guard import BufferGraphError as BufferGraphError
+from .diagnostics.guard import guard_buffers as guard_buffers
 from .diagnostics.memory import MemoryTrace as MemoryTrace
 from .explorers.momentum import MomentumExplorer as MomentumExplorer
 from .specimens import LeakyBatchNorm2d as LeakyBatchNorm2d

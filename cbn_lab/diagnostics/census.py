@@ -5,6 +5,7 @@ reference cycles. It counts storages, so a view costs nothing and two views of o
 once. It is blind to autograd nodes as such; those are walked from the tensors it knows.
 """
 
+import collections
 import gc
 import weakref
 from collections.abc import Iterator
@@ -19,22 +20,31 @@ from cbn_lab.diagnostics import graph
 class _StorageRef(weakref.ref):
     """A weak reference that remembers what it stood for: its key is gone when it is called."""
 
-    __slots__ = ("key", "nbytes")
+    __slots__ = ("key", "nbytes", "device")
 
 
 class Census(TorchDispatchMode):
     """Counts bytes of live storages; a context manager.
 
-    Attributes:
-        tensor_bytes: bytes of all live storages on the device, each once.
+    Args:
+        device: the type of device to count on; None for all.
     """
 
-    def __init__(self, device: str = "cpu") -> None:
+    def __init__(self, device: str | None = "cpu") -> None:
         super().__init__()
-        self.device = torch.device(device).type
-        self.tensor_bytes = 0
+        self.device = device
+        self._bytes: dict[str, int] = collections.Counter()
         self._storages: dict[int, _StorageRef] = {}
         self._tensors: dict[int, weakref.ref] = {}
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all live storages, each once."""
+        return sum(self._bytes.values())
+
+    def bytes_on(self, device: str) -> int:
+        """Those on one type of device."""
+        return self._bytes[device]
 
     def __enter__(self) -> "Census":
         for thing in gc.get_objects():
@@ -68,7 +78,9 @@ class Census(TorchDispatchMode):
                 yield tensor
 
     def _note(self, tensor: Tensor) -> None:
-        if tensor.device.type != self.device or tensor.layout is not torch.strided:
+        if tensor.layout is not torch.strided or tensor.is_meta:
+            return
+        if self.device is not None and tensor.device.type != self.device:
             return
         try:
             storage = tensor.untyped_storage()
@@ -78,17 +90,17 @@ class Census(TorchDispatchMode):
         known = self._storages.get(key)
         if known is None:
             reference = _StorageRef(storage, self._forget)
-            reference.key, reference.nbytes = key, nbytes
+            reference.key, reference.nbytes, reference.device = key, nbytes, tensor.device.type
             self._storages[key] = reference
-            self.tensor_bytes += nbytes
+            self._bytes[reference.device] += nbytes
         elif known.nbytes != nbytes:  # resized
-            self.tensor_bytes += nbytes - known.nbytes
+            self._bytes[known.device] += nbytes - known.nbytes
             known.nbytes = nbytes
 
     def _forget(self, reference: _StorageRef) -> None:
         if self._storages.get(reference.key) is reference:
             del self._storages[reference.key]
-            self.tensor_bytes -= reference.nbytes
+            self._bytes[reference.device] -= reference.nbytes
 
     def _note_history(self, tensor: Tensor) -> None:
         key = id(tensor)

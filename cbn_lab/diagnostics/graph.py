@@ -34,6 +34,11 @@ def has_history(tensor: Tensor) -> bool:
     return tensor.requires_grad and not tensor.is_leaf
 
 
+def is_root(thing: Any) -> bool:
+    """Whether a graph hangs on ``thing``: a tensor with history, or a node itself."""
+    return has_history(thing) if isinstance(thing, Tensor) else True
+
+
 class Extent(NamedTuple):
     """How much of a graph hangs on a tensor.
 
@@ -79,13 +84,16 @@ class Graph:
         self._depths: list[int] = []
         self._saved: dict[int, list[storages.Block]] = {}
 
-    def measure(self, tensor: Tensor) -> Extent:
-        """The extent of ``tensor``'s graph; all zero if it has none, or is a leaf."""
-        if not has_history(tensor):
+    def measure(self, *things: Tensor | Node) -> Extent:
+        """The extent of the graphs of tensors or nodes together; a leaf has none."""
+        with _untorched():
+            roots = {self.add(thing) for thing in things if is_root(thing)}
+        if not roots:
             return NOTHING
-        root = self.add(tensor)
         reached = bytearray(len(self._successors))
-        reached[root], stack, nodes = 1, [root], 0
+        stack, nodes = list(roots), 0
+        for root in roots:
+            reached[root] = 1
         retained: dict[Any, int] = {}
         while stack:
             number = stack.pop()
@@ -96,7 +104,12 @@ class Graph:
                 if not reached[successor]:
                     reached[successor] = 1
                     stack.append(successor)
-        return Extent(nodes, self._depths[root], sum(retained.values()))
+        depth = max(self._depths[root] for root in roots)
+        return Extent(nodes, depth, sum(retained.values()))
+
+    def retained(self) -> dict[int, int]:
+        """Bytes by storage of all that the walked nodes keep alive."""
+        return dict(block for blocks in self._saved.values() for block in blocks)
 
     def neighbourhood(self, tensor: Tensor, levels: int = 5, most: int = 24) -> tuple[Link, ...]:
         """The nodes within ``levels`` of a measured tensor, nearest first, ``most`` of them."""
@@ -120,10 +133,10 @@ class Graph:
             for number in order
         )
 
-    def add(self, tensor: Tensor) -> int:
-        """Walk the graph of a tensor with history; the number of its ``grad_fn``."""
+    def add(self, thing: Tensor | Node) -> int:
+        """Walk from a node, or from the ``grad_fn`` of a tensor with history; its number."""
         with _untorched(), _gc_paused():
-            root = tensor.grad_fn
+            root = thing.grad_fn if isinstance(thing, Tensor) else thing
             if root not in self.numbers:
                 first = len(self.numbers)
                 self.numbers[root] = first

@@ -5,6 +5,7 @@ right in either theme, and in a page that has none. What matters is said in word
 """
 
 import html
+import textwrap
 from collections.abc import Sequence
 from itertools import count
 from typing import Any
@@ -214,3 +215,84 @@ def chain_svg(name: str, chain: Sequence[Any]) -> str:
         f'markerHeight="7" orient="auto"><path d="M0 0L8 4L0 8z" fill="currentColor"/></marker>'
         f"</defs>{''.join(shapes)}</svg>"
     )
+
+
+def rate(number: float) -> str:
+    """A growth per step, with its sign; without decimals where there are none."""
+    return f"{number:+,.0f}" if number == round(number) else f"{number:+,.1f}"
+
+
+def diagnosis_summary(diagnosis: Any) -> str:
+    words = {
+        "clean": "nothing keeps history",
+        "bounded": "some history is kept, and does not grow",
+        "growing": "memory grows at every step",
+    }
+    return f"{diagnosis.verdict}: {words[diagnosis.verdict]} ({diagnosis.steps} steps)"
+
+
+def diagnosis_as_text(diagnosis: Any) -> str:
+    """The verdict, then a paragraph for each finding."""
+    lines = [diagnosis_summary(diagnosis)]
+    for found in diagnosis.findings:
+        growth = f"{rate(found.nodes_per_step)} nodes, {size(found.bytes_per_step)} a step"
+        held = f"{found.nodes} nodes, {size(found.retained_bytes)} held"
+        lines += [
+            "",
+            f"{found.verdict.upper()}  {found.path}",
+            f"    {growth if found.verdict == 'growing' else held}",
+            f"    made at {found.origin or 'an unknown line'}",
+            *textwrap.wrap(found.advice, 96, initial_indent="    ", subsequent_indent="    "),
+        ]
+    lines += [f"note: {note}" for note in diagnosis.notes]
+    return "\n".join(lines)
+
+
+def diagnosis_as_html(diagnosis: Any) -> str:
+    """A row for each finding, growing ones marked."""
+    header = ("verdict", "path", "nodes a step", "bytes a step", "made at", "advice")
+    rows = [
+        (
+            "▲ growing" if found.verdict == "growing" else found.verdict,
+            found.path,
+            (found.nodes_per_step, rate(found.nodes_per_step)),
+            (found.bytes_per_step, size(found.bytes_per_step)),
+            found.origin or "–",
+            found.advice,
+        )
+        for found in diagnosis.findings
+    ]
+    marked = [found.verdict == "growing" for found in diagnosis.findings]
+    table = html_table(header, rows, marked) if rows else ""
+    notes = "".join(f"<p>{html.escape(note)}</p>" for note in diagnosis.notes)
+    return report_html(diagnosis_summary(diagnosis), table, notes)
+
+
+def checklist_summary(checklist: Any) -> str:
+    failed = len(checklist.failures)
+    total = len(checklist.rows)
+    return f"all {total} checks passed" if not failed else f"{failed} of {total} checks failed"
+
+
+def checklist_as_text(checklist: Any) -> str:
+    """A line for each property; what failed says what was expected, what came, where to read."""
+    lines = [checklist_summary(checklist)]
+    for row in checklist.rows:
+        lines.append(f"{'pass' if row.passed else 'FAIL'}  {row.name}")
+        if not row.passed:
+            for key in ("expected", "found", "see"):
+                text = f"{key + ':':10}{getattr(row, key)}"
+                indent = " " * 6
+                lines += textwrap.wrap(text, 96, initial_indent=indent, subsequent_indent=" " * 16)
+    return "\n".join(lines)
+
+
+def checklist_as_html(checklist: Any) -> str:
+    """A row for each property, failed ones marked."""
+    header = ("result", "property", "expected", "found", "read on")
+    rows = [
+        ("✓ pass" if row.passed else "✗ fail", row.name, row.expected, row.found, row.see)
+        for row in checklist.rows
+    ]
+    table = html_table(header, rows, [not row.passed for row in checklist.rows])
+    return report_html(checklist_summary(checklist), table)

@@ -5,6 +5,7 @@ import inspect
 import os
 import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from types import CodeType, FrameType
 from typing import Any
@@ -23,6 +24,16 @@ _FRAME_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+)')
 def is_foreign(filename: str) -> bool:
     """Whether a file belongs to torch or to the diagnostics themselves."""
     return filename.startswith((*_FOREIGN, "<frozen"))
+
+
+_LIBRARIES = tuple(
+    os.path.join(sysconfig.get_path(kind), "") for kind in ("stdlib", "purelib", "platlib")
+)
+
+
+def is_library(filename: str) -> bool:
+    """Whether a file is installed rather than the user's own."""
+    return is_foreign(filename) or filename.startswith(_LIBRARIES)
 
 
 def label(filename: str, line: int) -> str:
