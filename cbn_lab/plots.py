@@ -135,6 +135,80 @@ def whitening(
     return ax
 
 
+def channels(x: Float[Tensor, "N C *spatial"], ax: Axes | None = None) -> Axes:
+    """The values of each channel as a column of points, with mean and standard deviation.
+
+    Args:
+        x: (N, C, ...), real.
+        ax: where to draw; a new figure where None.
+    """
+    ax, said = _axes(ax), []
+    values = torch.as_tensor(x).detach().cpu().transpose(0, 1).flatten(1)
+    offsets = np.linspace(-0.25, 0.25, 17)  # side by side, so that equal values can be told apart
+    for channel, column in enumerate(values):
+        places = channel + np.resize(offsets, len(column))
+        colour, _, marker = SERIES[channel % len(SERIES)]
+        ax.plot(places, column, marker, ms=3, alpha=0.6, color=colour)
+        var, mean = torch.var_mean(column, correction=0)
+        ax.errorbar(
+            channel, mean, var.sqrt(), fmt="_", ms=24, mew=2, capsize=8, color=PALETTE["ink"]
+        )
+        # + 0.0: no -0.00
+        said.append(f"{channel}: {round(float(mean), 2) + 0.0:.2f} ± {float(var.sqrt()):.2f}")
+    ax.set(xlabel="channel", ylabel="value", xticks=range(len(values)))
+    ax.set_label(f"Mean ± standard deviation of channel {', '.join(said)}.")
+    return ax
+
+
+def deviation(
+    x: Sequence[float],
+    errors: Mapping[str, Sequence[float]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    floor: float | Sequence[float] | None = None,
+) -> Axes:
+    """Errors against what they depend on, both logarithmic; what is not finite is marked on top.
+
+    Args:
+        x: the abscissa, positive.
+        errors: {form: its error at each x}. An error of exactly 0 is left out.
+        ax: where to draw; a new figure where None.
+        xlabel, ylabel: what the axes say.
+        floor: the error that rounding alone makes, constant or per x.
+    """
+    ax, said, x = _axes(ax), [], np.asarray(x, dtype=float)
+    broken = []
+    for (label, values), (colour, line, marker) in zip(errors.items(), SERIES, strict=False):
+        values = np.asarray(values, dtype=float)
+        finite = np.isfinite(values)
+        shown = np.where(finite & (values > 0), values, np.nan)
+        ax.plot(x, shown, ls=line, marker=marker, ms=5, color=colour, label=label)
+        broken.append((x[~finite], colour, marker))
+        first, last = (
+            (f"{value:.0e}" for value in values[finite][[0, -1]]) if finite.any() else "--"
+        )
+        end = "" if finite.all() else f", not finite at {', '.join(f'{v:g}' for v in x[~finite])}"
+        said.append(f"{label} {first} to {last}{end}")
+    if floor is not None:
+        values = np.broadcast_to(floor, len(x))
+        ax.plot(x, values, ls=(0, (1, 2)), color=PALETTE["grey"], label="rounding of the input")
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    top = ax.get_ylim()[1] * 10
+    for level, (places, colour, marker) in enumerate(b for b in broken if len(b[0])):
+        height = top * 10**level
+        ax.plot(places, np.full(len(places), height), marker, mfc="none", ms=8, color=colour)
+        ax.annotate(
+            "not finite", (places[0], height), (-8, 0), textcoords="offset points", ha="right",
+            va="center", fontsize="small", color=colour,
+        )  # fmt: skip
+        ax.set_ylim(top=height * 10)
+    _legend(ax)
+    ax.set_label(f"{ylabel}, from left to right: {'; '.join(said)}.")
+    return ax
+
+
 def running_statistics(
     running: Float[np.ndarray, "steps"] | Mapping[str, Sequence[float]],
     batch: Float[np.ndarray, "steps"] | Sequence[float] | None = None,

@@ -108,7 +108,32 @@ def test_memory_of_an_empty_trace_is_refused(ax):
         plots.memory([], ax)
 
 
-@pytest.mark.parametrize("name", ["whitening", "running_statistics", "graph_growth", "memory"])
+def test_channels_draws_every_value_and_says_mean_and_deviation(ax):
+    x = torch.tensor([[1.0, 4.0], [3.0, 4.0]]).view(2, 2, 1)  # channels (1, 3) and (4, 4)
+    assert plots.channels(x, ax) is ax
+    points = [line for line in ax.lines if len(line.get_ydata()) == 2 and line.get_alpha()]
+    assert [sorted(line.get_ydata()) for line in points] == [[1, 3], [4, 4]]
+    assert points[0].get_marker() != points[1].get_marker()
+    assert "channel 0: 2.00 ± 1.00, 1: 4.00 ± 0.00" in ax.get_label()
+
+
+def test_deviation_is_logarithmic_and_marks_what_is_not_finite(ax):
+    errors = {"a": [1e-6, 1e-4, float("nan")], "b": [0.0, 2e-3, 5e-2]}
+    made = plots.deviation([1, 10, 100], errors, ax, xlabel="scale", ylabel="error", floor=1e-7)
+    assert made is ax
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    drawn = {line.get_label(): line for line in ax.lines}
+    np.testing.assert_array_equal(drawn["b"].get_ydata(), [np.nan, 2e-3, 5e-2])  # no log of 0
+    assert [text.get_text() for text in ax.texts] == ["not finite"]
+    (mark,) = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert mark.get_xdata() == [100]
+    assert ax.get_ylim()[1] > mark.get_ydata()[0] > 5e-2  # above all errors, inside the picture
+    assert "a 1e-06 to 1e-04, not finite at 100; b 0e+00 to 5e-02." in ax.get_label()
+
+
+@pytest.mark.parametrize(
+    "name", ["whitening", "running_statistics", "graph_growth", "memory", "channels", "deviation"]
+)
 def test_without_an_axes_a_new_figure_is_made(name, z):
     rows = [SimpleNamespace(tensor_bytes=1, heap_bytes=2)]
     data = {
@@ -116,8 +141,11 @@ def test_without_an_axes_a_new_figure_is_made(name, z):
         "running_statistics": [1.0, 2.0],
         "graph_growth": {"a": [1, 2]},
         "memory": rows,
+        "channels": torch.randn(4, 2),
+        "deviation": [1.0, 2.0],
     }
+    more = {"deviation": dict(errors={"a": [1.0, 2.0]}, xlabel="x", ylabel="y")}
     before = plt.get_fignums()
-    ax = getattr(plots, name)(data[name])
+    ax = getattr(plots, name)(data[name], **more.get(name, {}))
     assert ax.figure.number not in before
     plt.close(ax.figure)
