@@ -42,6 +42,8 @@ SERIES = [  # colour, line and marker of the first, second, ... series
     (PALETTE["grey"], (0, (1, 1)), "x"),
 ]
 
+BEND = 0.25  # of the arrows of a computation, as a part of their length
+
 
 def _axes(ax: Axes | None) -> Axes:
     ax = plt.subplots(layout="constrained")[1] if ax is None else ax
@@ -178,10 +180,11 @@ def deviation(
         xlabel, ylabel: what the axes say.
         floor: the error that rounding alone makes, constant or per x.
     """
-    ax, said, x = _axes(ax), [], np.asarray(x, dtype=float)
-    broken = []
+    ax, said, broken = _axes(ax), [], []
+    order = np.argsort(x)
+    x = np.asarray(x, dtype=float)[order]
     for (label, values), (colour, line, marker) in zip(errors.items(), SERIES, strict=False):
-        values = np.asarray(values, dtype=float)
+        values = np.asarray(values, dtype=float)[order]
         finite = np.isfinite(values)
         shown = np.where(finite & (values > 0), values, np.nan)
         ax.plot(x, shown, ls=line, marker=marker, ms=5, color=colour, label=label)
@@ -192,7 +195,7 @@ def deviation(
         end = "" if finite.all() else f", not finite at {', '.join(f'{v:g}' for v in x[~finite])}"
         said.append(f"{label} {first} to {last}{end}")
     if floor is not None:
-        values = np.broadcast_to(floor, len(x))
+        values = np.broadcast_to(floor, len(x))[order]
         ax.plot(x, values, ls=(0, (1, 2)), color=PALETTE["grey"], label="rounding of the input")
     ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
     top = ax.get_ylim()[1] * 10
@@ -206,6 +209,90 @@ def deviation(
         ax.set_ylim(top=height * 10)
     _legend(ax)
     ax.set_label(f"{ylabel}, from left to right: {'; '.join(said)}.")
+    return ax
+
+
+def bars(
+    values: Mapping[str, float],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    bound: float | None = None,
+    bound_label: str = "bound",
+) -> Axes:
+    """A horizontal bar for each value, its number at its end, the first on top.
+
+    Args:
+        values: {what: how much}.
+        ax: where to draw; a new figure where None.
+        xlabel: what is counted, with its unit.
+        bound: drawn as a line across, if given.
+        bound_label: what the bound is called.
+    """
+    ax, said = _axes(ax), []
+    drawn = ax.barh(list(values), list(values.values()), height=0.6, color=PALETTE["blue"])
+    ax.bar_label(drawn, fmt="%.3g", padding=4)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, xlim=(0, 1.12 * max([*values.values(), bound or 0])))
+    said = [f"{label} {value:.3g}" for label, value in values.items()]
+    if bound is not None:
+        ax.axvline(bound, color=PALETTE["vermilion"], ls="--", label=bound_label)
+        _legend(ax)
+        said.append(f"{bound_label} {bound:.3g}")
+    ax.set_label(f"{xlabel}: {', '.join(said)}.")
+    return ax
+
+
+def computation(
+    nodes: Mapping[str, tuple[float, float]],
+    forward: Iterable[tuple[str, str]],
+    backward: Mapping[tuple[str, str], str],
+    ax: Axes | None = None,
+) -> Axes:
+    """A formula as a graph: what is computed from what, and what flows back along each arrow.
+
+    Args:
+        nodes: {name: (x, y)}, where to draw it; matplotlib's mathematics is allowed.
+        forward: pairs (from, to).
+        backward: {(from, to): what the gradient is multiplied by}, against the forward arrows.
+        ax: where to draw; a new figure where None.
+
+    Raises:
+        ValueError: an arrow from or to something that is no node.
+    """
+    forward = list(forward)
+    for name in {name for arrow in (*forward, *backward) for name in arrow}:
+        if name not in nodes:
+            raise ValueError(f"expected an arrow between nodes, got {name!r}")
+    ax = _axes(ax)
+    ax.axis("off")
+    ax.set_aspect("equal")
+    styles = {
+        "forward": dict(color=PALETTE["ink"], ls="-"),
+        "backward": dict(color=PALETTE["vermilion"], ls="--"),
+    }
+    for name, arrows in (("forward", forward), ("backward", list(backward))):
+        for start, end in arrows:
+            arrow = dict(arrowstyle="-|>", lw=1.6, shrinkA=20, shrinkB=20, **styles[name])
+            arrow["connectionstyle"] = f"arc3,rad={BEND}"
+            ax.annotate("", nodes[end], nodes[start], arrowprops=arrow)
+        ax.plot([], [], **styles[name], label=name)
+    for (start, end), factor in backward.items():
+        a, b = np.array(nodes[start]), np.array(nodes[end])
+        middle = (a + b) / 2 + BEND / 2 * np.array([b[1] - a[1], a[0] - b[0]])  # of the arc
+        white = dict(boxstyle="round,pad=0.15", fc="white", ec="none")
+        ax.text(*middle, factor, bbox=white, color=PALETTE["vermilion"], ha="center", va="center")
+    box = dict(boxstyle="round,pad=0.45", fc="white", ec=PALETTE["blue"], lw=1.6)
+    for name, place in nodes.items():
+        ax.text(*place, name, bbox=box, ha="center", va="center", color=PALETTE["ink"], size=13)
+    places = np.array(list(nodes.values()))
+    low, high = places.min(0) - 0.6, places.max(0) + 0.6
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    _legend(ax)
+    there = ", ".join(f"{start} → {end}" for start, end in forward)
+    back = ", ".join(f"{start} → {end} times {text}" for (start, end), text in backward.items())
+    said = f"Forward: {there}. Backward: {back}."
+    ax.set_label(said.replace("$", "").replace(r"\hat{x}", "x̂").replace(r"\,", " "))
     return ax
 
 

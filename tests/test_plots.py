@@ -119,7 +119,8 @@ def test_channels_draws_every_value_and_says_mean_and_deviation(ax):
 
 def test_deviation_is_logarithmic_and_marks_what_is_not_finite(ax):
     errors = {"a": [1e-6, 1e-4, float("nan")], "b": [0.0, 2e-3, 5e-2]}
-    made = plots.deviation([1, 10, 100], errors, ax, xlabel="scale", ylabel="error", floor=1e-7)
+    errors = {name: values[::-1] for name, values in errors.items()}  # from large x to small
+    made = plots.deviation([100, 10, 1], errors, ax, xlabel="scale", ylabel="error", floor=1e-7)
     assert made is ax
     assert ax.get_xscale() == ax.get_yscale() == "log"
     drawn = {line.get_label(): line for line in ax.lines}
@@ -131,8 +132,33 @@ def test_deviation_is_logarithmic_and_marks_what_is_not_finite(ax):
     assert "a 1e-06 to 1e-04, not finite at 100; b 0e+00 to 5e-02." in ax.get_label()
 
 
+def test_bars_are_as_long_as_their_values_and_the_bound_is_drawn(ax):
+    assert plots.bars({"two": 2.0, "three": 3.0}, ax, xlabel="kept (MiB)", bound=1.0) is ax
+    assert [bar.get_width() for bar in ax.patches] == [2.0, 3.0]
+    assert {text.get_text() for text in ax.texts} == {"2", "3"}
+    assert list(ax.lines[0].get_xdata()) == [1.0, 1.0]
+    assert ax.get_label() == "kept (MiB): two 2, three 3, bound 1."
+
+
+def test_a_computation_draws_each_arrow_and_says_what_flows_back(ax):
+    nodes = {"$x$": (0, 0), r"$\hat{x}$": (2, 0)}
+    arrow = ("$x$", r"$\hat{x}$")
+    assert plots.computation(nodes, [arrow], {arrow[::-1]: "$1/σ$"}, ax) is ax
+    arrows = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
+    assert [(text.xyann, text.xy) for text in arrows] == [((0, 0), (2, 0)), ((2, 0), (0, 0))]
+    styles = [(text.arrow_patch.get_linestyle(), text.arrow_patch.get_ec()) for text in arrows]
+    assert styles[0][0] != styles[1][0] and styles[0][1] != styles[1][1]
+    assert ax.get_label() == "Forward: x → x̂. Backward: x̂ → x times 1/σ."
+
+
+def test_a_computation_names_an_arrow_to_nowhere(ax):
+    with pytest.raises(ValueError, match="between nodes, got 'z'"):
+        plots.computation({"x": (0, 0)}, [("x", "z")], {}, ax)
+
+
 @pytest.mark.parametrize(
-    "name", ["whitening", "running_statistics", "graph_growth", "memory", "channels", "deviation"]
+    "name",
+    ["whitening", "running_statistics", "graph_growth", "memory", "channels", "deviation", "bars"],
 )
 def test_without_an_axes_a_new_figure_is_made(name, z):
     rows = [SimpleNamespace(tensor_bytes=1, heap_bytes=2)]
@@ -143,8 +169,12 @@ def test_without_an_axes_a_new_figure_is_made(name, z):
         "memory": rows,
         "channels": torch.randn(4, 2),
         "deviation": [1.0, 2.0],
+        "bars": {"a": 1.0},
     }
-    more = {"deviation": dict(errors={"a": [1.0, 2.0]}, xlabel="x", ylabel="y")}
+    more = {
+        "deviation": dict(errors={"a": [1.0, 2.0]}, xlabel="x", ylabel="y"),
+        "bars": dict(xlabel="x"),
+    }
     before = plt.get_fignums()
     ax = getattr(plots, name)(data[name], **more.get(name, {}))
     assert ax.figure.number not in before
