@@ -21,6 +21,7 @@ from .diagnostics.guard import BufferGraphError as BufferGraphError
 from .diagnostics.guard import guard_buffers as guard_buffers
 from .diagnostics.memory import MemoryTrace as MemoryTrace
 from .explorers.momentum import MomentumExplorer as MomentumExplorer
+from .explorers.whitening import WhiteningExplorer as WhiteningExplorer
 from .specimens import LeakyBatchNorm2d as LeakyBatchNorm2d
 from .specimens import LeakyComplexBatchNorm2d as LeakyComplexBatchNorm2d
 from .whitening import whitening_matrix as whitening_matrix

@@ -61,12 +61,19 @@ def _steps(ax: Axes, ylabel: str) -> None:
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
-def normalised(z: Complex[Tensor, "M"], stage: str) -> Complex[Tensor, "M"]:
-    """One channel of data as it comes, normalised part by part, or whitened (Γ = 1, β = 0)."""
-    functions = {"naive": naive_complex_batch_norm, "whitened": complex_batch_norm}
+def normalised(
+    z: Complex[Tensor, "M"], stage: str, weight: Float[Tensor, "3"] | None = None
+) -> Complex[Tensor, "M"]:
+    """One channel of data as it comes, normalised part by part, or whitened.
+
+    What is whitened is multiplied by Γ where a ``weight`` (rr, ii, ri) is given; β = 0.
+    """
     if stage == "input":
         return z
-    return functions[stage](z[:, None], None, None, training=True)[:, 0]
+    if stage == "naive":
+        return naive_complex_batch_norm(z[:, None], None, None, training=True)[:, 0]
+    weight = None if weight is None else weight[None]
+    return complex_batch_norm(z[:, None], None, None, weight, training=True)[:, 0]
 
 
 def ellipse(z: Complex[Tensor, "M"], sigma: float = 1.0) -> Float[np.ndarray, "2 181"]:
@@ -96,6 +103,7 @@ def whitening(
     *,
     stages: Sequence[str] = tuple(STAGES),
     points: str | None = "input",
+    weight: Float[Tensor, "3"] | None = None,
 ) -> Axes:
     """Complex data as a cloud with its 1σ and 2σ ellipses: before, naive, whitened.
 
@@ -104,6 +112,7 @@ def whitening(
         ax: where to draw; a new figure where None.
         stages: which ellipses to draw, of ``"input"``, ``"naive"``, ``"whitened"``.
         points: the stage whose values are drawn as points, or None.
+        weight: Γ as rr, ii, ri, for the whitened stage; None for the identity.
 
     Raises:
         ValueError: an unknown stage, or fewer than two values.
@@ -119,11 +128,11 @@ def whitening(
         raise ValueError(f"expected stages among {', '.join(STAGES)}, got {unknown[0]!r}")
     ax, said = _axes(ax), []
     if points is not None:
-        shown = normalised(z, points)[:: max(1, len(z) // 1000)]  # more would only be ink
+        shown = normalised(z, points, weight)[:: max(1, len(z) // 1000)]  # more would only be ink
         colour = PALETTE["grey"] if points == "input" else STAGES[points][0]
         ax.plot(shown.real, shown.imag, ".", ms=3, alpha=0.35, color=colour, zorder=1)
     for stage in stages:
-        values = normalised(z, stage)
+        values = normalised(z, stage, weight)
         colour, line = STAGES[stage]
         for sigma, width in ((1, 2.2), (2, 1.2)):
             label = stage if sigma == 1 else None
@@ -303,6 +312,7 @@ def running_statistics(
     ax: Axes | None = None,
     *,
     name: str = "running_mean",
+    memory: float | None = None,
 ) -> Axes:
     """A running statistic converging, over the batches it averages.
 
@@ -312,6 +322,7 @@ def running_statistics(
         true: the value it should reach, constant or per step.
         ax: where to draw; a new figure where None.
         name: what the statistic is called, for the axis and the legend.
+        memory: batches that count in the last value, shaded; 1/momentum, say.
     """
     ax = _axes(ax)
     series = running if isinstance(running, Mapping) else {name: running}
@@ -330,6 +341,11 @@ def running_statistics(
             ls=(0, (4, 3)),
             label="true value",
         )
+    if memory is not None:
+        last = max(len(values) for values in series.values()) + 0.5
+        label = f"memory, {memory:.0f} batches"
+        first = max(last - memory, 0.5)
+        ax.axvspan(first, last, color=PALETTE["orange"], alpha=0.25, lw=0, label=label)
     _steps(ax, name)
     _legend(ax)
     ends = ", ".join(f"{label} {float(values[-1]):.3f}" for label, values in series.items())

@@ -5,7 +5,8 @@ import traitlets
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
-from traitlets import Bytes, Float as FloatTrait, Int
+from traitlets import Bytes, Int
+from traitlets import Float as FloatTrait
 
 from cbn_lab import plots
 from cbn_lab.explorers import base
@@ -124,11 +125,11 @@ class MomentumExplorer(base.Explorer):
             ax: where to draw; a new figure where None.
         """
         ax = plots.running_statistics(
-            self.running_means.numpy(), self.batch_means.numpy(), self.true_means.numpy(), ax
+            self.running_means.numpy(),
+            self.batch_means.numpy(),
+            self.true_means.numpy(),
+            ax,
+            memory=self.memory,
         )
-        first = max(STEPS - self.memory, 0)
-        ax.axvspan(first + 0.5, STEPS + 0.5, color=plots.PALETTE["orange"], alpha=0.2, lw=0)
-        top = ax.get_xaxis_transform()
-        ax.text(STEPS, 0.97, f"memory {self.memory:.0f} ", ha="right", va="top", transform=top)
         ax.set_label(self.summary)
         return ax

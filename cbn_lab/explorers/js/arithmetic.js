@@ -41,3 +41,77 @@ export function batchWeights(momentum, steps) {
 export function dot(a, b) {
   return a.reduce((sum, value, k) => sum + value * b[k], 0);
 }
+
+/** Mean [re, im] and biased covariance [rr, ii, ri] (complex_batch_norm.py, moments). */
+export function moments(re, im) {
+  const n = re.length;
+  let [meanRe, meanIm, rr, ii, ri] = [0, 0, 0, 0, 0];
+  for (let k = 0; k < n; k++) {
+    meanRe += re[k];
+    meanIm += im[k];
+  }
+  meanRe /= n;
+  meanIm /= n;
+  for (let k = 0; k < n; k++) {
+    const [x, y] = [re[k] - meanRe, im[k] - meanIm];
+    rr += x * x;
+    ii += y * y;
+    ri += x * y;
+  }
+  return { mean: [meanRe, meanIm], covar: [rr / n, ii / n, ri / n] };
+}
+
+/** R = (V + eps)^(−1/2) as [R00, R01, R10, R11] (whitening.py). */
+export function whiteningMatrix([rr, ii, ri], eps) {
+  const det = Math.max(rr * ii - ri * ri, 0) + eps * (rr + ii) + eps * eps;
+  const s = Math.sqrt(det);
+  const t = Math.sqrt(rr + ii + 2 * eps + 2 * s);
+  return [ii + eps + s, -ri, -ri, rr + eps + s].map((entry) => entry / (s * t));
+}
+
+/** What the naive form does instead: each part by its own standard deviation. */
+export function naiveMatrix([rr, ii], eps) {
+  return [1 / Math.sqrt(rr + eps), 0, 0, 1 / Math.sqrt(ii + eps)];
+}
+
+/** V^(1/2) = (V + s)/t, with s and t as in the whitening matrix. */
+export function rootMatrix([rr, ii, ri]) {
+  const s = Math.sqrt(Math.max(rr * ii - ri * ri, 0));
+  const t = Math.sqrt(rr + ii + 2 * s);
+  return [rr + s, ri, ri, ii + s].map((entry) => entry / t);
+}
+
+export function product([a, b, c, d], [e, f, g, h]) {
+  return [a * e + b * g, a * f + b * h, c * e + d * g, c * f + d * h];
+}
+
+/** matrix·(point − centre) + shift for all points. */
+export function transformed([a, b, c, d], re, im, centre = [0, 0], shift = [0, 0]) {
+  const [outRe, outIm] = [new Float64Array(re.length), new Float64Array(re.length)];
+  for (let k = 0; k < re.length; k++) {
+    const [x, y] = [re[k] - centre[0], im[k] - centre[1]];
+    outRe[k] = a * x + b * y + shift[0];
+    outIm[k] = c * x + d * y + shift[1];
+  }
+  return { re: outRe, im: outIm };
+}
+
+/** Variances along the axes of the ellipse, the larger first, and the angle of its long axis. */
+export function principalAxes([rr, ii, ri]) {
+  const [half, radius] = [(rr + ii) / 2, Math.hypot((rr - ii) / 2, ri)];
+  return {
+    variances: [half + radius, Math.max(half - radius, 0)],
+    angle: Math.atan2(2 * ri, rr - ii) / 2,
+  };
+}
+
+/** The covariance whose ellipse has these half axes (1σ), the first at this angle. */
+export function covarianceOf(angle, [first, second]) {
+  const [c, s, a, b] = [Math.cos(angle), Math.sin(angle), first * first, second * second];
+  return [a * c * c + b * s * s, a * s * s + b * c * c, (a - b) * c * s];
+}
+
+export function axisRatio(covar) {
+  const { variances: [long, short] } = principalAxes(covar);
+  return Math.sqrt(long / short);
+}

@@ -129,10 +129,6 @@ function momentumControls(view) {
   view.controls.append(momentum, size, drift, cumulative);
 }
 
-function float64s(view) {
-  return new Float64Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
-}
-
 function momentumView({ model, el }) {
   const view = new View(model, el, ["momentum", "batch_size", "drift"]);
   const noise = float64s(model.get("_noise"));

@@ -66,6 +66,11 @@ function legend(entries) {
   return html("div", { class: "cbn-legend" }, ...items);
 }
 
+/** The numbers of a Bytes trait, copied: its buffer need not be aligned. */
+function float64s(view) {
+  return new Float64Array(view.buffer.slice(view.byteOffset, view.byteOffset + view.byteLength));
+}
+
 /** Keys belong to the control that has the focus, not to JupyterLab's shortcuts. */
 function keepKeys(element) {
   element.dataset.lmSuppressShortcuts = "true";
