@@ -42,6 +42,8 @@ SERIES = [  # colour, line and marker of the first, second, ... series
     (PALETTE["grey"], (0, (1, 1)), "x"),
 ]
 
+BEND = 0.25  # of the arrows of a computation, as a part of their length
+
 
 def _axes(ax: Axes | None) -> Axes:
     ax = plt.subplots(layout="constrained")[1] if ax is None else ax
@@ -141,6 +143,165 @@ def whitening(
     ax.axvline(0, color=PALETTE["grey"], lw=0.5, zorder=0)
     _legend(ax)
     ax.set_label(f"Long axis over short axis: {', '.join(said)}. Thick lines 1σ, thin lines 2σ.")
+    return ax
+
+
+def channels(x: Float[Tensor, "N C *spatial"], ax: Axes | None = None) -> Axes:
+    """The values of each channel as a column of points, with mean and standard deviation.
+
+    Args:
+        x: (N, C, ...), real.
+        ax: where to draw; a new figure where None.
+    """
+    ax, said = _axes(ax), []
+    values = torch.as_tensor(x).detach().cpu().transpose(0, 1).flatten(1)
+    offsets = np.linspace(-0.25, 0.25, 17)  # side by side, so that equal values can be told apart
+    for channel, column in enumerate(values):
+        places = channel + np.resize(offsets, len(column))
+        colour, _, marker = SERIES[channel % len(SERIES)]
+        ax.plot(places, column, marker, ms=3, alpha=0.6, color=colour)
+        var, mean = torch.var_mean(column, correction=0)
+        ax.errorbar(
+            channel, mean, var.sqrt(), fmt="_", ms=24, mew=2, capsize=8, color=PALETTE["ink"]
+        )
+        # + 0.0: no -0.00
+        said.append(f"{channel}: {round(float(mean), 2) + 0.0:.2f} ± {float(var.sqrt()):.2f}")
+    ax.set(xlabel="channel", ylabel="value", xticks=range(len(values)))
+    ax.set_label(f"Mean ± standard deviation of channel {', '.join(said)}.")
+    return ax
+
+
+def deviation(
+    x: Sequence[float],
+    errors: Mapping[str, Sequence[float]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    floor: float | Sequence[float] | None = None,
+) -> Axes:
+    """Errors against what they depend on, both logarithmic; what is not finite is marked on top.
+
+    Args:
+        x: the abscissa, positive.
+        errors: {form: its error at each x}. An error of exactly 0 is left out.
+        ax: where to draw; a new figure where None.
+        xlabel, ylabel: what the axes say.
+        floor: the error that rounding alone makes, constant or per x.
+    """
+    ax, said, broken = _axes(ax), [], []
+    order = np.argsort(x)
+    x = np.asarray(x, dtype=float)[order]
+    for (label, values), (colour, line, marker) in zip(errors.items(), SERIES, strict=False):
+        values = np.asarray(values, dtype=float)[order]
+        finite = np.isfinite(values)
+        shown = np.where(finite & (values > 0), values, np.nan)
+        ax.plot(x, shown, ls=line, marker=marker, ms=5, color=colour, label=label)
+        broken.append((x[~finite], colour, marker))
+        first, last = (
+            (f"{value:.0e}" for value in values[finite][[0, -1]]) if finite.any() else "--"
+        )
+        end = "" if finite.all() else f", not finite at {', '.join(f'{v:g}' for v in x[~finite])}"
+        said.append(f"{label} {first} to {last}{end}")
+    if floor is not None:
+        values = np.broadcast_to(floor, len(x))[order]
+        ax.plot(x, values, ls=(0, (1, 2)), color=PALETTE["grey"], label="rounding of the input")
+    ax.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+    top = ax.get_ylim()[1] * 10
+    for level, (places, colour, marker) in enumerate(b for b in broken if len(b[0])):
+        height = top * 10**level
+        ax.plot(places, np.full(len(places), height), marker, mfc="none", ms=8, color=colour)
+        ax.annotate(
+            "not finite", (places[0], height), (-8, 0), textcoords="offset points", ha="right",
+            va="center", fontsize="small", color=colour,
+        )  # fmt: skip
+        ax.set_ylim(top=height * 10)
+    _legend(ax)
+    ax.set_label(f"{ylabel}, from left to right: {'; '.join(said)}.")
+    return ax
+
+
+def bars(
+    values: Mapping[str, float],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    bound: float | None = None,
+    bound_label: str = "bound",
+) -> Axes:
+    """A horizontal bar for each value, its number at its end, the first on top.
+
+    Args:
+        values: {what: how much}.
+        ax: where to draw; a new figure where None.
+        xlabel: what is counted, with its unit.
+        bound: drawn as a line across, if given.
+        bound_label: what the bound is called.
+    """
+    ax, said = _axes(ax), []
+    drawn = ax.barh(list(values), list(values.values()), height=0.6, color=PALETTE["blue"])
+    ax.bar_label(drawn, fmt="%.3g", padding=4)
+    ax.invert_yaxis()
+    ax.set(xlabel=xlabel, xlim=(0, 1.12 * max([*values.values(), bound or 0])))
+    said = [f"{label} {value:.3g}" for label, value in values.items()]
+    if bound is not None:
+        ax.axvline(bound, color=PALETTE["vermilion"], ls="--", label=bound_label)
+        _legend(ax)
+        said.append(f"{bound_label} {bound:.3g}")
+    ax.set_label(f"{xlabel}: {', '.join(said)}.")
+    return ax
+
+
+def computation(
+    nodes: Mapping[str, tuple[float, float]],
+    forward: Iterable[tuple[str, str]],
+    backward: Mapping[tuple[str, str], str],
+    ax: Axes | None = None,
+) -> Axes:
+    """A formula as a graph: what is computed from what, and what flows back along each arrow.
+
+    Args:
+        nodes: {name: (x, y)}, where to draw it; matplotlib's mathematics is allowed.
+        forward: pairs (from, to).
+        backward: {(from, to): what the gradient is multiplied by}, against the forward arrows.
+        ax: where to draw; a new figure where None.
+
+    Raises:
+        ValueError: an arrow from or to something that is no node.
+    """
+    forward = list(forward)
+    for name in {name for arrow in (*forward, *backward) for name in arrow}:
+        if name not in nodes:
+            raise ValueError(f"expected an arrow between nodes, got {name!r}")
+    ax = _axes(ax)
+    ax.axis("off")
+    ax.set_aspect("equal")
+    styles = {
+        "forward": dict(color=PALETTE["ink"], ls="-"),
+        "backward": dict(color=PALETTE["vermilion"], ls="--"),
+    }
+    for name, arrows in (("forward", forward), ("backward", list(backward))):
+        for start, end in arrows:
+            arrow = dict(arrowstyle="-|>", lw=1.6, shrinkA=20, shrinkB=20, **styles[name])
+            arrow["connectionstyle"] = f"arc3,rad={BEND}"
+            ax.annotate("", nodes[end], nodes[start], arrowprops=arrow)
+        ax.plot([], [], **styles[name], label=name)
+    for (start, end), factor in backward.items():
+        a, b = np.array(nodes[start]), np.array(nodes[end])
+        middle = (a + b) / 2 + BEND / 2 * np.array([b[1] - a[1], a[0] - b[0]])  # of the arc
+        white = dict(boxstyle="round,pad=0.15", fc="white", ec="none")
+        ax.text(*middle, factor, bbox=white, color=PALETTE["vermilion"], ha="center", va="center")
+    box = dict(boxstyle="round,pad=0.45", fc="white", ec=PALETTE["blue"], lw=1.6)
+    for name, place in nodes.items():
+        ax.text(*place, name, bbox=box, ha="center", va="center", color=PALETTE["ink"], size=13)
+    places = np.array(list(nodes.values()))
+    low, high = places.min(0) - 0.6, places.max(0) + 0.6
+    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]))
+    _legend(ax)
+    there = ", ".join(f"{start} → {end}" for start, end in forward)
+    back = ", ".join(f"{start} → {end} times {text}" for (start, end), text in backward.items())
+    said = f"Forward: {there}. Backward: {back}."
+    ax.set_label(said.replace("$", "").replace(r"\hat{x}", "x̂").replace(r"\,", " "))
     return ax
 
 

@@ -108,7 +108,58 @@ def test_memory_of_an_empty_trace_is_refused(ax):
         plots.memory([], ax)
 
 
-@pytest.mark.parametrize("name", ["whitening", "running_statistics", "graph_growth", "memory"])
+def test_channels_draws_every_value_and_says_mean_and_deviation(ax):
+    x = torch.tensor([[1.0, 4.0], [3.0, 4.0]]).view(2, 2, 1)  # channels (1, 3) and (4, 4)
+    assert plots.channels(x, ax) is ax
+    points = [line for line in ax.lines if len(line.get_ydata()) == 2 and line.get_alpha()]
+    assert [sorted(line.get_ydata()) for line in points] == [[1, 3], [4, 4]]
+    assert points[0].get_marker() != points[1].get_marker()
+    assert "channel 0: 2.00 ± 1.00, 1: 4.00 ± 0.00" in ax.get_label()
+
+
+def test_deviation_is_logarithmic_and_marks_what_is_not_finite(ax):
+    errors = {"a": [1e-6, 1e-4, float("nan")], "b": [0.0, 2e-3, 5e-2]}
+    errors = {name: values[::-1] for name, values in errors.items()}  # from large x to small
+    made = plots.deviation([100, 10, 1], errors, ax, xlabel="scale", ylabel="error", floor=1e-7)
+    assert made is ax
+    assert ax.get_xscale() == ax.get_yscale() == "log"
+    drawn = {line.get_label(): line for line in ax.lines}
+    np.testing.assert_array_equal(drawn["b"].get_ydata(), [np.nan, 2e-3, 5e-2])  # no log of 0
+    assert [text.get_text() for text in ax.texts] == ["not finite"]
+    (mark,) = [line for line in ax.lines if len(line.get_xdata()) == 1]
+    assert mark.get_xdata() == [100]
+    assert ax.get_ylim()[1] > mark.get_ydata()[0] > 5e-2  # above all errors, inside the picture
+    assert "a 1e-06 to 1e-04, not finite at 100; b 0e+00 to 5e-02." in ax.get_label()
+
+
+def test_bars_are_as_long_as_their_values_and_the_bound_is_drawn(ax):
+    assert plots.bars({"two": 2.0, "three": 3.0}, ax, xlabel="kept (MiB)", bound=1.0) is ax
+    assert [bar.get_width() for bar in ax.patches] == [2.0, 3.0]
+    assert {text.get_text() for text in ax.texts} == {"2", "3"}
+    assert list(ax.lines[0].get_xdata()) == [1.0, 1.0]
+    assert ax.get_label() == "kept (MiB): two 2, three 3, bound 1."
+
+
+def test_a_computation_draws_each_arrow_and_says_what_flows_back(ax):
+    nodes = {"$x$": (0, 0), r"$\hat{x}$": (2, 0)}
+    arrow = ("$x$", r"$\hat{x}$")
+    assert plots.computation(nodes, [arrow], {arrow[::-1]: "$1/σ$"}, ax) is ax
+    arrows = [text for text in ax.texts if getattr(text, "arrow_patch", None)]
+    assert [(text.xyann, text.xy) for text in arrows] == [((0, 0), (2, 0)), ((2, 0), (0, 0))]
+    styles = [(text.arrow_patch.get_linestyle(), text.arrow_patch.get_ec()) for text in arrows]
+    assert styles[0][0] != styles[1][0] and styles[0][1] != styles[1][1]
+    assert ax.get_label() == "Forward: x → x̂. Backward: x̂ → x times 1/σ."
+
+
+def test_a_computation_names_an_arrow_to_nowhere(ax):
+    with pytest.raises(ValueError, match="between nodes, got 'z'"):
+        plots.computation({"x": (0, 0)}, [("x", "z")], {}, ax)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["whitening", "running_statistics", "graph_growth", "memory", "channels", "deviation", "bars"],
+)
 def test_without_an_axes_a_new_figure_is_made(name, z):
     rows = [SimpleNamespace(tensor_bytes=1, heap_bytes=2)]
     data = {
@@ -116,8 +167,15 @@ def test_without_an_axes_a_new_figure_is_made(name, z):
         "running_statistics": [1.0, 2.0],
         "graph_growth": {"a": [1, 2]},
         "memory": rows,
+        "channels": torch.randn(4, 2),
+        "deviation": [1.0, 2.0],
+        "bars": {"a": 1.0},
+    }
+    more = {
+        "deviation": dict(errors={"a": [1.0, 2.0]}, xlabel="x", ylabel="y"),
+        "bars": dict(xlabel="x"),
     }
     before = plt.get_fignums()
-    ax = getattr(plots, name)(data[name])
+    ax = getattr(plots, name)(data[name], **more.get(name, {}))
     assert ax.figure.number not in before
     plt.close(ax.figure)

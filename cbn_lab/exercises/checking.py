@@ -19,6 +19,7 @@ from cbn_lab.exercises import checks
 KIT = str(Path(__file__).parents[1])
 SECONDS = 10.0
 _checks: dict[str, Callable[[Any], str | None]] = {}
+_before: dict[str, Callable[[], Any]] = {}
 
 
 class StillToDo(Exception):
@@ -71,16 +72,19 @@ class Outcome:
         return f'<div role="status" style="{style}"><b>{head}</b> {body}</div>'
 
 
-def exercise(name: str) -> Callable:
+def exercise(name: str, before: Callable[[], Any] | None = None) -> Callable:
     """Register the decorated function as the check of exercise ``name``.
 
     It takes the answer, raises :class:`Wrong` where that is wrong, and may return a word of praise.
+    ``before`` is called first, off the learner's clock: for imports that take seconds.
     """
 
     def register(function: Callable[[Any], str | None]) -> Callable[[Any], str | None]:
         if name in _checks:
             raise ValueError(f"expected one check for each exercise, got a second for {name!r}")
         _checks[name] = function
+        if before is not None:
+            _before[name] = before
         return function
 
     return register
@@ -101,6 +105,7 @@ def check(name: str, answer: Any) -> Outcome:
     """
     if name not in names():
         raise ValueError(f"expected one of {', '.join(names())}, got {name!r}")
+    _before.get(name, lambda: None)()
     try:
         with time_limit(SECONDS):
             praise = _checks[name](_begun(answer))

@@ -1,6 +1,7 @@
 """Every exercise: untouched it is "to do", solved it passes, and a wrong answer is told why."""
 
 import importlib
+import time
 
 import matplotlib
 import pytest
@@ -65,7 +66,7 @@ def test_the_solved_notebook_passes_every_check(stem, monkeypatch):
     "stem, name, code, message", WRONG, ids=[f"{stem[:2]}-{name}" for stem, name, *_ in WRONG]
 )
 def test_a_typical_wrong_answer_fails_with_its_own_message(stem, name, code, message, monkeypatch):
-    monkeypatch.setattr(checking, "SECONDS", 1.0)  # an endless loop need not be waited for
+    monkeypatch.setattr(checking, "SECONDS", 3.0)  # an endless loop need not be waited for
     namespace = start(stem)
     course.run_code(code, namespace, name)
     outcome = judge(stem, name, namespace)
@@ -76,6 +77,19 @@ def test_a_typical_wrong_answer_fails_with_its_own_message(stem, name, code, mes
 @pytest.mark.parametrize("stem, name", EXERCISES)
 def test_every_exercise_has_two_wrong_answers_or_more(stem, name):
     assert len({message for _, other, _, message in WRONG if other == name}) >= 2
+
+
+def test_what_a_check_needs_first_is_off_the_learners_clock(monkeypatch):
+    monkeypatch.setattr(checking, "_checks", dict(checking._checks))
+    monkeypatch.setattr(checking, "_before", dict(checking._before))
+    monkeypatch.setattr(checking, "SECONDS", 0.2)
+    called = []
+
+    @checking.exercise("slow to load", before=lambda: (time.sleep(0.4), called.append(1)))
+    def _(answer):
+        return "loaded" if called else None
+
+    assert checking.check("slow to load", 1).message == "loaded"
 
 
 def start(stem: str) -> dict:
