@@ -20,11 +20,11 @@ from .diagnostics.diagnose import diagnose as diagnose
 from .diagnostics.guard import BufferGraphError as BufferGraphError
 from .diagnostics.guard import guard_buffers as guard_buffers
 from .diagnostics.memory import MemoryTrace as MemoryTrace
+from .distributed import SyncComplexBatchNorm as SyncComplexBatchNorm
+from .distributed import convert_sync_complex_batchnorm as convert_sync_complex_batchnorm
 from .explorers.leak import LeakExplorer as LeakExplorer
 from .explorers.momentum import MomentumExplorer as MomentumExplorer
 from .explorers.whitening import WhiteningExplorer as WhiteningExplorer
-from .distributed import SyncComplexBatchNorm as SyncComplexBatchNorm
-from .distributed import convert_sync_complex_batchnorm as convert_sync_complex_batchnorm
 from .specimens import LeakyBatchNorm2d as LeakyBatchNorm2d
 from .specimens import LeakyComplexBatchNorm2d as LeakyComplexBatchNorm2d
 from .whitening import whitening_matrix as whitening_matrix
