@@ -108,7 +108,7 @@ def test_figures_are_the_same_in_ten_runs():
     found = set()
     for _ in range(10):
         loop = Loop()
-        diagnosis = cbn_lab.diagnose(loop.step, loop.net)
+        diagnosis = cbn_lab.diagnose(loop.step, loop.net, steps=6)
         found.add(
             json.dumps([[f.path, f.nodes_per_step, f.bytes_per_step] for f in diagnosis.findings])
         )

@@ -28,7 +28,6 @@ print(row.nodes, row.depth, row.retained_bytes, seconds)
 print("alive")
 """
 ENDS = {
-    "freed": "del module",
     "kept_until_exit": "pass",
     "grown_further_then_freed": "for _ in range(30_000):\n"
     "    module.running_mean = 0.1 * module.w + 0.9 * module.running_mean\n"
@@ -47,9 +46,8 @@ def test_a_chain_of_300_000_steps_is_inspected_in_time_and_the_process_lives():
     assert done.stdout.splitlines()[-1] == "alive"
 
 
-@pytest.mark.parametrize("end", ["freed", "kept_until_exit"])
-def test_a_walked_chain_may_end_with_the_process(end):
-    code = DEEP.replace("300_000", "40_000").format(end=ENDS[end])
+def test_a_walked_chain_may_end_with_the_process():
+    code = DEEP.replace("300_000", "40_000").format(end=ENDS["kept_until_exit"])
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.splitlines()[-1] == "alive", done.stderr
 
