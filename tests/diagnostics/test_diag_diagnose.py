@@ -219,9 +219,8 @@ def test_a_freed_graph_is_counted_without_its_tensors():
 
 
 def test_the_published_complex_layer_is_convicted():
-    layers = pytest.importorskip(
-        "complexPyTorch.complexLayers", reason="complexPyTorch 0.4 is not installed"
-    )
+    from complexPyTorch import complexLayers as layers
+
     net = nn.Sequential(layers.ComplexLinear(4, 3), layers.ComplexBatchNorm1d(3))
 
     def step():
