@@ -304,7 +304,6 @@ def _measure_group(walked: graph.Graph, members: list[Held]) -> tuple[graph.Exte
 def _collections_of_new_objects() -> Iterator[None]:
     """What exists already is set aside, so that a collection takes a millisecond, not a hundred."""
     ours = not gc.get_freeze_count()
-    gc.collect()
     if ours:
         gc.freeze()
     try:

@@ -92,7 +92,7 @@ class BufferGuard:
         self._writers = {m for m in self._paths if _may_write(m)}
         self._active: list[tuple[nn.Module, _InPlaceWatch | None, _WatchedBuffers | None]] = []
         self._hooks: list[Any] = []
-        self._warned: set[str] = set()
+        self._told: set[str] = set()
         self._watch = _InPlaceWatch(self)
         self._good = dict.fromkeys(self._writers, 0)  # training forwards without a finding
         self.check()  # a guard that finds history at its start could not tell who is to blame
@@ -107,7 +107,7 @@ class BufferGuard:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         self.remove()
-        if kind is None:
+        if kind is None and not self._told:  # who has caught an error need not be told again
             self.check()
 
     def remove(self) -> None:
@@ -125,7 +125,7 @@ class BufferGuard:
         for name, buffer in list(owner._buffers.items()):
             if buffer is not None and has_history(buffer):
                 dotted = self._dotted(owner, name)
-                if dotted not in self._warned:
+                if self._action != "warn" or dotted not in self._told:
                     self._act(dotted, source.of_writes(owner, name))
                 if self._action == "detach":
                     _cut(owner, name, buffer)
@@ -144,9 +144,9 @@ class BufferGuard:
             f"{f' at {origin}' if origin else ''}: every step's graph would be kept alive. "
             f"Instead, {advice.for_buffer(buffer)}."
         )
+        self._told.add(buffer)
         if self._action == "raise":
             raise BufferGraphError(message, buffer, origin)
-        self._warned.add(buffer)
         file, _, line = (origin or "").rpartition(":")
         warnings.warn_explicit(message, RuntimeWarning, file or "unknown", int(line or 0))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cbn_lab
+from cbn_lab import cli
 
 PACKAGE = Path(cbn_lab.__file__).parents[1]
 FACTORIES = """
@@ -42,20 +43,20 @@ FACTORIES = """
 
 
 @pytest.fixture
-def doctor(tmp_path):
+def doctor(tmp_path, monkeypatch, capsys):
     lines = [line[4:] for line in FACTORIES.splitlines()]
     (tmp_path / "loops.py").write_text("\n".join(lines))
     (tmp_path / "broken.py").write_text("import sys\nsys.exit('no data')\n")
 
     def run(*arguments):
-        command = [sys.executable, "-m", "cbn_lab.cli", "doctor", *arguments]
-        environment = {**os.environ, "PYTHONPATH": str(PACKAGE)}
-        done = subprocess.run(
-            command, cwd=tmp_path, env=environment, capture_output=True, text=True
-        )
-        return done.returncode, done.stdout, done.stderr
+        status = cli.main(["doctor", *arguments])
+        return status, *capsys.readouterr()
 
-    return run
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield run
+    for name in ("loops", "broken"):
+        sys.modules.pop(name, None)
 
 
 def test_a_growing_leak_exits_1_and_is_named(doctor):
