@@ -69,7 +69,9 @@ def ax():
 
 
 def close(actual, expected, tolerance=1e-12):
-    np.testing.assert_allclose(np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(actual), np.asarray(expected), rtol=tolerance, atol=tolerance
+    )
 
 
 @pytest.mark.parametrize("momentum", [0.01, 0.1, 0.5, 1.0, None])
