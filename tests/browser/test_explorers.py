@@ -170,7 +170,8 @@ def test_the_leak_draws_as_many_nodes_as_it_says(tab):
 
 
 def test_the_handles_turn_and_stretch_by_keyboard(tab):
-    before = np.array(in_python(tab, "whitening", "e.covar.tolist()"))
+    view(tab, "whitening").get_by_role("button", name="reset").click()
+    before = WhiteningExplorer().covar.tolist()
     first, second = view(tab, "whitening").get_by_role("slider", name="axis of the input").all()
     first.focus()
     tab.keyboard.press("ArrowLeft")
