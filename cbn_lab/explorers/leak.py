@@ -1,6 +1,8 @@
 """The leak, one step at a time: which nodes each form of update leaves behind the buffer."""
 
+import contextlib
 import functools
+from collections.abc import Iterator
 
 import torch
 from matplotlib.axes import Axes
@@ -46,6 +48,17 @@ class Network(nn.Module):
         return self.bn(self.real(x), self.imag(x))
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Threads only wait for each other on tensors this small, on a busy machine for seconds."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def record(update: str, backward: bool) -> dict[str, list]:
     """Train the network and look behind ``running_mean`` after each step.
 
@@ -53,7 +66,7 @@ def record(update: str, backward: bool) -> dict[str, list]:
         nodes, bytes: after each step. new: for each step the nodes that came with it, each as
         [name, the numbers of the nodes it leads to]; they are numbered in this order.
     """
-    with torch.random.fork_rng(devices=[]), torch.enable_grad():
+    with one_thread(), torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         net = Network(update)
         walk = graph.Graph([*net.parameters(), *net.buffers()])

@@ -159,6 +159,12 @@ class Axes {
     });
   }
 
+  /** Back to the data as it came, with the first handle on the long axis. */
+  reset() {
+    this.angle = null;
+    this.view.change(this.view.model.get("_home"));
+  }
+
   draw(covar) {
     const { angle, lengths } = namedAxes(covar, this.angle);
     [this.angle, this.lengths] = [angle, lengths];
@@ -176,7 +182,7 @@ class Axes {
   }
 }
 
-function whiteningControls(view) {
+function whiteningControls(view, axes) {
   const limits = view.model.get("_limits");
   const digits = view.model.get("_digits");
   const unit = limits.rr[1] / 3;
@@ -190,7 +196,7 @@ function whiteningControls(view) {
     add("gamma_rr", "Γ rr", 0.05),
     add("gamma_ii", "Γ ii", 0.05),
     add("gamma_ri", "Γ ri", 0.05),
-    button(view, "reset", () => view.change(view.model.get("_home"))),
+    button(view, "reset", () => axes.reset()),
   );
 }
 
@@ -214,7 +220,7 @@ function whiteningView({ model, el }) {
   const white = { re: values.slice(0, values.length / 2), im: values.slice(values.length / 2) };
   const panels = [inputPanel(model), new Panel("naive", 3.6), new Panel("whitened", 3.6)];
   const axes = new Axes(view, panels[0]);
-  whiteningControls(view);
+  whiteningControls(view, axes);
   view.root.style.setProperty("--cbn-label", "5.8em");
   view.drawing.append(
     html("div", { class: "cbn-panels" }, ...panels.map((panel) => panel.picture)),
