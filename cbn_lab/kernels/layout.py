@@ -7,7 +7,6 @@ stand in any order; what counts is whether they can be walked as one.
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 
 class Layout(NamedTuple):
@@ -23,28 +22,25 @@ class Layout(NamedTuple):
     length: int
     sample: int
     channel: int
-    order: tuple[int, ...]  # the other dimensions from the outermost in memory to the innermost
+    order: tuple[int, ...]  # dimensions that are walked as one, the outermost in memory first
 
 
-def layout(tensor: Tensor) -> Layout | None:
-    """The layout of ``tensor``, or None if it is neither planes nor rows."""
-    shape, strides = tensor.shape, tensor.stride()
+def layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
+    """The layout of a tensor, or None if it is neither planes nor rows, or overlaps itself."""
     n, c = shape[0], shape[1]
-    if tensor.is_contiguous():
-        length = tensor.numel() // (n * c)
-        order = tuple(range(2, len(shape)))
-        if length == 1:
-            return Layout(True, 1, c, n, c, 1, (0, *order))
-        return Layout(False, n, c, length, c * length, length, order)
+    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+        return None
     spatial = sorted(range(2, len(shape)), key=lambda d: (-strides[d], d))
     length, pitch = _walk(shape, strides, spatial)
-    if pitch == 1:
-        return Layout(False, n, c, length, strides[0], strides[1], tuple(spatial))
+    long = tuple(dim for dim in spatial if shape[dim] > 1)
+    if pitch == 1 and length > 1:
+        return Layout(False, n, c, length, strides[0], strides[1], long)
     if strides[1] == 1 or c == 1:
         everything = sorted([0, *spatial], key=lambda d: (-strides[d], d))
         length, pitch = _walk(shape, strides, everything)
-        if pitch is not None and pitch >= c:
-            return Layout(True, 1, c, length, pitch, 1, tuple(everything))
+        if pitch is not None and (pitch >= c or length == 1):
+            long = tuple(dim for dim in everything if shape[dim] > 1)
+            return Layout(True, 1, c, length, pitch, 1, long)
     return None
 
 
@@ -60,28 +56,3 @@ def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple
             return length, None
         length *= shape[dim]
     return length, 1 if pitch is None else pitch
-
-
-def like(tensor: Tensor, model: Layout, template: Tensor) -> tuple[Tensor, Layout]:
-    """``tensor``, copied if need be, so that a sweep can walk it in step with ``model``."""
-    found = layout(tensor)
-    if found is None or found.rows != model.rows or not _same_order(found, model, tensor):
-        tensor = torch.empty_like(template).copy_(tensor)
-        found = layout(tensor)
-    return tensor, found
-
-
-def _same_order(a: Layout, b: Layout, tensor: Tensor) -> bool:
-    def long(order):
-        return [dim for dim in order if tensor.shape[dim] != 1]
-
-    return a.order == b.order or long(a.order) == long(b.order)
-
-
-def walkable(tensor: Tensor) -> tuple[Tensor, Layout]:
-    """``tensor``, copied if it is neither planes nor rows, with its layout."""
-    found = layout(tensor)
-    if found is None:
-        tensor = tensor.contiguous(memory_format=torch.contiguous_format)
-        found = layout(tensor)
-    return tensor, found

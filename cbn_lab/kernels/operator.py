@@ -5,6 +5,7 @@ are returned. In eager mode :class:`Whiten` runs the same code without the dispa
 cost more than the arithmetic of a small layer.
 """
 
+import os
 import warnings
 from importlib import import_module
 from types import ModuleType
@@ -21,7 +22,7 @@ ENGINES = {
     "triton": "cbn_lab.kernels.cuda",
 }
 NATIVE = {"cpu": "numba", "cuda": "triton"}
-_unavailable: dict[str, str] = {}
+_loaded: dict[str, ModuleType] = {"reference": reference}
 
 Parts = tuple[Tensor, ...]  # one complex tensor, or a real and an imaginary one
 
@@ -71,25 +72,26 @@ def check_engine(engine: str, device: str) -> None:
     if engine not in (*ENGINES, "auto"):
         raise ValueError(f"expected engine to be one of auto, {', '.join(ENGINES)}, got {engine!r}")
     needed = {name: device for device, name in NATIVE.items()}.get(engine, device)
-    if needed != device:
+    interpreted = engine == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if needed != device and not interpreted:
         raise ValueError(f"expected input on {needed} for engine={engine!r}, got {device}")
 
 
 def load_engine(name: str) -> ModuleType:
     """The engine called ``name``; the reference, with one warning, where it cannot be loaded."""
-    if name not in _unavailable:
+    if name not in _loaded:
         try:
             module = import_module(ENGINES[name])
             module.check_available()
-            return module
         except Exception as error:  # a missing wheel, a read-only disk, an unknown processor
-            _unavailable[name] = f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"cbn_lab: the {name} engine cannot be loaded ({_unavailable[name]}); "
+                f"cbn_lab: the {name} engine cannot be loaded ({type(error).__name__}: {error}); "
                 "the reference engine is used instead, which is slower",
                 stacklevel=2,
             )
-    return reference
+            module = reference
+        _loaded[name] = module
+    return _loaded[name]
 
 
 def start(parts: Parts, eps: float, engine: str) -> Any:
@@ -98,8 +100,7 @@ def start(parts: Parts, eps: float, engine: str) -> Any:
         return reference.Sweep(parts, eps)
     if engine == "auto":
         engine = NATIVE.get(parts[0].device.type, "reference")
-    module = reference if engine == "reference" else load_engine(engine)
-    return module.Sweep(parts, eps)
+    return load_engine(engine).Sweep(parts, eps)
 
 
 # --- forward and backward ------------------------------------------------------------------
@@ -154,14 +155,19 @@ def values_per_channel(input: Tensor) -> int:
 
 def widened(input: Tensor, imag: Tensor | None) -> Parts:
     """Half precision as float32: sums of squares would overflow, and no engine has it."""
-    parts = (input,) if imag is None else (input, imag)
-    least = torch.complex64 if input.is_complex() else torch.float32
-    parts = tuple(part.resolve_conj().resolve_neg() for part in parts)
-    return tuple(part.to(torch.promote_types(part.dtype, least)) for part in parts)
+    return (wide(input),) if imag is None else (wide(input), wide(imag))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.dtype in (torch.complex64, torch.float32, torch.complex128, torch.float64):
+        return tensor
+    return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
 
 
 def narrowed(output: Tensor, input: Tensor) -> Tensor:
-    return output.to(input.dtype)
+    return output if output.dtype is input.dtype else output.to(input.dtype)
 
 
 def second_order(
