@@ -6,7 +6,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from cbn_lab import batch_norm, complex_batch_norm
+from cbn_lab import batch_norm
+from cbn_lab.kernels import reference
 from cbn_lab.running_stats import bessel
 
 Statistics = dict[str, Tensor]
@@ -55,14 +56,14 @@ class Complex:
         return torch.complex(x, 0.8 * x + 0.6 * y)
 
     def moments(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return complex_batch_norm.moments(x.real.double(), x.imag.double())
+        return reference.moments(x.real.double(), x.imag.double())
 
     def normalise(
         self, x: Tensor, mean: Tensor, spread: Tensor, layer: nn.Module, eps: float
     ) -> Tensor:
         weight, bias = (_parameter(layer, name) for name in ("weight", "bias"))
         parts = x.real.double(), x.imag.double()
-        return torch.complex(*complex_batch_norm.whiten(*parts, mean, spread, weight, bias, eps))
+        return torch.complex(*reference.whiten(*parts, mean, spread, weight, bias, eps))
 
 
 KINDS = {"real": Real, "complex": Complex}

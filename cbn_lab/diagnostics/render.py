@@ -126,7 +126,7 @@ def buffers_summary(report: Any) -> str:
         return f"{name}: no buffers"
     if not leaks:
         return f"{name}: {total} buffer{'s' * (total > 1)}, none holds history"
-    return f"{name}: {leaks} of {total} buffer{'s' * (total > 1)} must not be as they are"
+    return f"{name}: {leaks} of {total} buffer{'s' * (total > 1)} hold on to a graph"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -10,8 +10,8 @@ from traitlets import Bytes, Dict, Int, List, validate
 from traitlets import Float as FloatTrait
 
 from cbn_lab import plots
-from cbn_lab.complex_batch_norm import moments
 from cbn_lab.explorers import base
+from cbn_lab.kernels.reference import moments
 from cbn_lab.whitening import whitening_matrix
 
 SYNTHETIC = {"rr": 1.6, "ii": 0.6, "correlation": 0.7}

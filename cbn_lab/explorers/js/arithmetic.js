@@ -42,7 +42,7 @@ export function dot(a, b) {
   return a.reduce((sum, value, k) => sum + value * b[k], 0);
 }
 
-/** Mean [re, im] and biased covariance [rr, ii, ri] (complex_batch_norm.py, moments). */
+/** Mean [re, im] and biased covariance [rr, ii, ri] (kernels/reference.py, moments). */
 export function moments(re, im) {
   const n = re.length;
   let [meanRe, meanIm, rr, ii, ri] = [0, 0, 0, 0, 0];
