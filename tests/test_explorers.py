@@ -283,17 +283,18 @@ def test_every_node_is_drawn_once_and_leads_to_nodes_that_are_there(javascript, 
     assert all(len(root) == (update in LEAKS) for root in roots)
 
 
-@pytest.mark.parametrize("width", [300, 700, 900])
 @pytest.mark.parametrize("update", LEAKS)
-def test_what_does_not_fit_is_folded(javascript, update, width):
-    layout = javascript(
-        "leakLayout(graphNodes(recording), 24, width)",
+def test_what_does_not_fit_is_folded(javascript, update):
+    layouts = javascript(
+        "widths.map((width) => leakLayout(graphNodes(recording), 24, width))",
         recording=leak.recordings()[leak.key(update, True)],
-        width=width,
+        widths=list(range(300, 901, 10)),
     )
-    assert layout["columns"][0]["step"] == 24
-    assert layout["folded"] == 24 - len(layout["columns"]) > 0
-    assert min(column["left"] for column in layout["columns"]) >= 84  # right of the fold
+    for layout in layouts:
+        assert layout["columns"][0]["step"] == 24
+        assert layout["folded"] == 24 - len(layout["columns"]) > 0
+        assert min(column["left"] for column in layout["columns"]) >= 84  # right of the fold
+    assert len(layouts[0]["columns"]) == 1 < len(layouts[-1]["columns"])
 
 
 @pytest.mark.parametrize("update", leak.UPDATES)
