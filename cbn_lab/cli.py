@@ -8,6 +8,7 @@ from collections.abc import Sequence
 # name: (module with add_arguments(parser) and main(args) -> exit status, one line of help)
 COMMANDS = {
     "lab": ("cbn_lab.lab", "open JupyterLab at the first notebook"),
+    "doctor": ("cbn_lab.diagnostics.doctor", "say what makes a training step's memory grow"),
 }
 
 

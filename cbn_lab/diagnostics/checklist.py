@@ -198,13 +198,17 @@ def demand_close(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-3)
         raise Failed(f"{what} off by {float(error):.1%} of the greatest value")
 
 
-@check("output", "(x - mean) / sqrt(var + eps) * weight + bias, over batch and space", PAPER, "real")
+@check(
+    "output", "(x - mean) / sqrt(var + eps) * weight + bias, over batch and space", PAPER, "real"
+)
 def _output(subject: Subject) -> None:
     layer, x = subject.layer(), subject.reference.batch(1)
     demand_close(layer(x).double(), subject.expected(x, layer, EPS), "an output")
 
 
-@check("whitening", "real and imaginary parts uncorrelated and of equal variance", COMPLEX, "complex")
+@check(
+    "whitening", "real and imaginary parts uncorrelated and of equal variance", COMPLEX, "complex"
+)
 def _whitening(subject: Subject) -> None:
     z = subject.reference.batch(1, (16, 3, 8, 8))
     # Its own initial parameters: a layer without a mixing weight is not to fail for that here.
@@ -298,7 +302,9 @@ def _eps(subject: Subject) -> None:
     found, expected = layer(x), subject.expected(x, layer, eps)
     if close(found, expected):
         return
-    if close(found, subject.expected(x, layer, EPS)) or close(found, subject.expected(x, layer, 1e-5)):
+    if close(found, subject.expected(x, layer, EPS)) or close(
+        found, subject.expected(x, layer, 1e-5)
+    ):
         raise Failed("eps is not the one the layer was built with")
     if isinstance(subject.reference, references.Real):
         mean, var = subject.reference.moments(x)
@@ -386,7 +392,11 @@ def _one_value(subject: Subject) -> None:
     raise Failed(f"silence, and an output that is {'constant' if finite else 'not finite'}")
 
 
-@check("gradients", "through the batch statistics too: the mean and the variance are not constants", PAPER)
+@check(
+    "gradients",
+    "through the batch statistics too: the mean and the variance are not constants",
+    PAPER,
+)
 def _gradients(subject: Subject) -> None:
     layer, x = subject.layer(), subject.reference.batch(1)
     wanted = _gradient_of(x, lambda v: subject.expected(v, layer, EPS), layer)

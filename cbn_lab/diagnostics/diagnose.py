@@ -149,8 +149,14 @@ class _Trial:
         with census, _collections_of_new_objects():
             for index in range(steps):
                 traced = index >= steps - max(1, steps // 4)
+                before = _heap_without_tensors(census)
                 with _anomaly_mode(traced):
                     step()
+                gc.collect()  # cycles that Python would free some time are no leak
+                graph.release()
+                if not traced:  # anomaly mode stores a traceback in every node
+                    grown = _heap_without_tensors(census) - before
+                    self._heap.append((self._heap[-1] if self._heap else 0) + grown)
                 self._measure(census, traced)
 
     def forget(self) -> None:
@@ -159,11 +165,7 @@ class _Trial:
         self._roots = []
 
     def _measure(self, census: Census, traced: bool) -> None:
-        gc.collect()  # cycles that Python would free some time are no leak
-        graph.release()
         self._census.append(census.tensor_bytes)
-        if not traced:  # anomaly mode stores a traceback in every node
-            self._heap.append(heap.in_use() - census.bytes_on("cpu"))
         survey = Survey(self._roots)
         self._complete &= survey.complete
         groups: dict[str, list[Held]] = defaultdict(list)
@@ -186,7 +188,8 @@ class _Trial:
             if extent.nodes or own:
                 series = self._extents.setdefault(path, [(0, 0)] * self._steps)
                 series.append((extent.nodes, extent.retained_bytes + sum(own.values())))
-                self._examples[path] = members[-1]
+                # Without the tensor: what is held here would be freed at the wrong time.
+                self._examples[path] = dataclasses.replace(members[-1], thing=None)
                 if traced:
                     self._note_origin(path, members)
         for series in self._extents.values():
@@ -277,6 +280,11 @@ class _Trial:
         if not trend.climbs_steadily(self._heap, LEAST_HEAP_BYTES):
             return []
         return [Finding(UNKNOWN, "growing", 0, 0, None, advice.UNREACHABLE_HEAP)]
+
+
+def _heap_without_tensors(census: Census) -> int:
+    """Taken before and after each step, so that our own notes in between do not count."""
+    return heap.in_use() - census.bytes_on("cpu")
 
 
 def _measure_group(walked: graph.Graph, members: list[Held]) -> tuple[graph.Extent, dict[int, int]]:

@@ -5,9 +5,11 @@ pickling and ``torch.compile`` see what they always see. Three means work togeth
 
 * torch's own hook on buffer registration sees ``self.buffer = ...`` and ``register_buffer``;
 * while the forward of a module that can write buffers runs, a ``TorchFunctionMode`` sees every
-  in-place operation, and ``_buffers`` is a dict that sees direct writes;
-* after the forward, and when the guard ends, every buffer is looked at once more. That catches
-  what ran compiled, scripted, or outside any forward: late, but by name.
+  in-place operation, and ``_buffers`` is a dict that sees direct writes. That makes a layer of
+  many small operations twice as slow, so it ends once the layer has behaved for a while;
+* after every forward, and when the guard ends, the buffers are looked at once more. That catches
+  what ran compiled or scripted, outside any forward, or in a layer that changed its ways: late,
+  but by name.
 """
 
 import sys
@@ -27,6 +29,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from cbn_lab.diagnostics import advice, source
 from cbn_lab.diagnostics.graph import has_history
+
+TRUSTED_AFTER = 20  # training forwards in which a layer wrote nothing with history
 
 Action = Literal["raise", "warn", "detach"]
 
@@ -68,7 +72,8 @@ def guard_buffers(module: nn.Module, action: Action = "raise") -> "BufferGuard":
         BufferGraphError: a buffer has history when the guard starts (with ``"raise"``).
 
     An in-place write that runs compiled, scripted or outside every forward cannot be stopped on
-    its line: it is found at the end of the next forward of ``module``, or of the guard.
+    its line: it is found at the end of the next forward of ``module``, or of the guard. So is one
+    that a layer makes for the first time after 20 training forwards without any.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"expected a torch.nn.Module, got {type(module).__name__}")
@@ -83,11 +88,13 @@ class BufferGuard:
     def __init__(self, module: nn.Module, action: Action) -> None:
         self._module = module
         self._action = action
-        self._paths = {m: path for path, m in module.named_modules()}
+        self._paths = {m: _without_wrapper(path) for path, m in module.named_modules()}
         self._writers = {m for m in self._paths if _may_write(m)}
-        self._active: list[tuple[nn.Module, _InPlaceWatch, _WatchedBuffers | None]] = []
+        self._active: list[tuple[nn.Module, _InPlaceWatch | None, _WatchedBuffers | None]] = []
         self._hooks: list[Any] = []
-        self._warned: set[str] = set()
+        self._told: set[str] = set()
+        self._watch = _InPlaceWatch(self)
+        self._good = dict.fromkeys(self._writers, 0)  # training forwards without a finding
         self.check()  # a guard that finds history at its start could not tell who is to blame
         self._hooks = [
             register_module_buffer_registration_hook(self._on_registration),
@@ -100,7 +107,7 @@ class BufferGuard:
 
     def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
         self.remove()
-        if kind is None:
+        if kind is None and not self._told:  # who has caught an error need not be told again
             self.check()
 
     def remove(self) -> None:
@@ -111,17 +118,25 @@ class BufferGuard:
 
     def check(self) -> None:
         """Look at every buffer now, and act on those that have history."""
-        for owner, path in self._paths.items():
-            for name, buffer in list(owner._buffers.items()):
-                if buffer is not None and has_history(buffer):
-                    dotted = f"{path}.{name}" if path else name
-                    if dotted not in self._warned:
-                        self._act(dotted, source.of_writes(owner, name))
-                    if self._action == "detach":
-                        _cut(owner, name, buffer)
+        for owner in self._paths:
+            self._check_own(owner)
+
+    def _check_own(self, owner: nn.Module) -> None:
+        for name, buffer in list(owner._buffers.items()):
+            if buffer is not None and has_history(buffer):
+                dotted = self._dotted(owner, name)
+                if self._action != "warn" or dotted not in self._told:
+                    self._act(dotted, source.of_writes(owner, name))
+                if self._action == "detach":
+                    _cut(owner, name, buffer)
+
+    def _dotted(self, owner: nn.Module, name: str) -> str:
+        path = self._paths[owner]
+        return f"{path}.{name}" if path else name
 
     def _act(self, buffer: str, origin: str | None) -> None:
         """Raise, warn, or (with "detach") leave it to the caller to cut."""
+        self._good = dict.fromkeys(self._writers, 0)
         if self._action == "detach":
             return
         message = (
@@ -129,27 +144,30 @@ class BufferGuard:
             f"{f' at {origin}' if origin else ''}: every step's graph would be kept alive. "
             f"Instead, {advice.for_buffer(buffer)}."
         )
+        self._told.add(buffer)
         if self._action == "raise":
             raise BufferGraphError(message, buffer, origin)
-        self._warned.add(buffer)
         file, _, line = (origin or "").rpartition(":")
         warnings.warn_explicit(message, RuntimeWarning, file or "unknown", int(line or 0))
 
     def _on_registration(self, module: nn.Module, name: str, buffer: Tensor | None) -> Any:
+        if torch.compiler.is_compiling():  # must stand first: what follows cannot be compiled
+            return None
         if buffer is None or not has_history(buffer) or module not in self._paths:
             return None
-        path = self._paths[module]
-        self._act(f"{path}.{name}" if path else name, source.of_frame(sys._getframe(1)))
+        self._act(self._dotted(module, name), source.of_frame(sys._getframe(1)))
         return buffer.detach() if self._action == "detach" else None
 
     def _before_forward(self, module: nn.Module, args: Any) -> None:
-        if module not in self._writers or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._good.get(module, TRUSTED_AFTER) >= TRUSTED_AFTER:
             return
-        watch, buffers = _InPlaceWatch(self), None
+        buffers = None
         if isinstance(module._buffers, dict):
             buffers = _WatchedBuffers(self, module)
             module.__dict__["_buffers"] = buffers
-        watch.__enter__()
+        watch = None if self._active else self._watch  # the outermost watches for all
+        if watch is not None:
+            watch.__enter__()
         self._active.append((module, watch, buffers))
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -157,20 +175,30 @@ class BufferGuard:
             return
         if self._active and self._active[-1][0] is module:
             _, watch, buffers = self._active.pop()
-            watch.__exit__(None, None, None)
+            if watch is not None:
+                watch.__exit__(None, None, None)
             if buffers is not None:
                 buffers.give_back()
+            if module.training and torch.is_grad_enabled():
+                self._good[module] += 1
         if module is self._module:
             self.check()
+        elif module in self._writers:
+            self._check_own(module)
 
     def _guarded(self, target: Tensor) -> str | None:
         """The name of the buffer whose memory ``target`` is a part of."""
         storage = target.untyped_storage()._cdata
-        for owner, path in self._paths.items():
+        for owner in self._paths:
             for name, buffer in owner._buffers.items():
                 if buffer is not None and buffer.untyped_storage()._cdata == storage:
-                    return f"{path}.{name}" if path else name
+                    return self._dotted(owner, name)
         return None
+
+
+def _without_wrapper(path: str) -> str:
+    """A dotted path without the name that torch.compile puts in front."""
+    return path.removeprefix("_orig_mod").lstrip(".")
 
 
 def _cut(owner: nn.Module, name: str, buffer: Tensor) -> None:
@@ -236,6 +264,8 @@ class _InPlaceWatch(TorchFunctionMode):
         self._guard = guard
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
+        if _writes_in_place.get(func) is False:  # nearly every call, so it comes first
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         if _is_in_place(func) and torch.is_grad_enabled() and args:
             targets = args[0] if isinstance(args[0], (tuple, list)) else args[:1]
@@ -266,11 +296,10 @@ class _WatchedBuffers(dict):
 
     def __setitem__(self, name: str, buffer: Any) -> None:
         if isinstance(buffer, Tensor) and has_history(buffer):
-            path = self._guard._paths[self._module]
             where = source.of_frame(sys._getframe(1))
             # What torch's hook on registration has let through comes by here once more.
             if not source.is_foreign(sys._getframe(1).f_code.co_filename):
-                self._guard._act(f"{path}.{name}" if path else name, where)
+                self._guard._act(self._guard._dotted(self._module, name), where)
                 buffer = buffer.detach() if self._guard._action == "detach" else buffer
         super().__setitem__(name, buffer)
 

@@ -7,6 +7,7 @@ is read: only what is stored is followed.
 import collections
 import dataclasses
 import functools
+import sys
 import types
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from cbn_lab.diagnostics import source
 
 MOST_THINGS = 1_000_000
 _ATOMS = (
-    *(int, float, complex, bool, str, bytes, bytearray, type(None), type, range, slice),
+    *(int, float, complex, bool, str, bytes, bytearray, type(None), range, slice),
     *(types.ModuleType, types.BuiltinFunctionType, types.CodeType, types.FrameType),
     *(torch.dtype, torch.device, torch.Size, torch.layout),
 )
@@ -133,6 +134,8 @@ class Survey:
             return self._in_sequence(place)
         if isinstance(thing, types.FunctionType):
             return self._in_function(place)
+        if isinstance(thing, type):
+            return self._in_class(place)
         if isinstance(thing, types.MethodType):
             return iter([place.inside(thing.__func__, ""), place.inside(thing.__self__, "")])
         if isinstance(thing, functools.partial):
@@ -161,12 +164,14 @@ class Survey:
         module = place.thing
         own = ("_parameters", "_buffers", "_modules")
         for kind in own:
-            self.mutable.append(getattr(module, kind))
+            if isinstance(getattr(module, kind), dict):  # a scripted module's are not
+                self.mutable.append(getattr(module, kind))
             for name, thing in getattr(module, kind).items():
-                child = place.inside(thing, f".{name}")
+                child = place.inside(thing, "" if name == "_orig_mod" else f".{name}")
                 child.owner, child.attribute = module, name
                 yield child
         self.mutable.append(vars(module))
+        yield place.inside(type(module), "")
         for name, thing in vars(module).items():
             if name in _HOOKS:
                 for hook in (thing or {}).values():
@@ -214,6 +219,15 @@ class Survey:
                 self.globals.append((function.__globals__, name))
                 yield Place(function.__globals__[name], name, name)
 
+    def _in_class(self, place: Place) -> Iterator[Place]:
+        """What hangs on a class of the user's own, shared by all its instances."""
+        for kind in place.thing.__mro__:
+            file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+            if kind.__module__ != "builtins" and not source.is_library(file or ""):
+                for name, thing in list(vars(kind).items()):
+                    if isinstance(thing, (Tensor, nn.Module, list, dict, set, collections.deque)):
+                        yield place.inside(thing, f".{name}")
+
     def _in_exception(self, place: Place) -> Iterator[Place]:
         error = place.thing
         for linked in (error.__cause__, error.__context__, error.args, vars(error)):
@@ -230,6 +244,7 @@ class Survey:
 
     def _in_instance(self, place: Place) -> Iterator[Place]:
         thing = place.thing
+        yield place.inside(type(thing), "")
         attributes = getattr(thing, "__dict__", None)
         if isinstance(attributes, dict) and attributes:
             self.mutable.append(attributes)

@@ -106,9 +106,9 @@ def mistaken_spreads(
         "n counts the samples and forgets the pixels": biased * bessel(samples),
     }
     found = {text: (1 - momentum) * start + momentum * value for text, value in mistakes.items()}
-    found["momentum is the weight of the old value, not of the new one"] = (
-        momentum * start + (1 - momentum) * biased * bessel(n)
-    )
+    found["momentum is the weight of the old value, not of the new one"] = momentum * start + (
+        1 - momentum
+    ) * biased * bessel(n)
     return found
 
 

@@ -36,10 +36,11 @@ def per_step(values: Sequence[float]) -> float:
 def climbs_steadily(values: Sequence[float], least: float) -> bool:
     """Whether every step of the second half adds about the same, ``least`` or more.
 
-    For a noisy measure: four steps at least are asked for, and none may add four times as much
-    as the median step.
+    For a noisy measure: four steps at least are asked for, none of which may add less than half
+    or more than twice what the median step adds.
     """
     steps = np.diff(values[len(values) // 2 :])
-    if len(steps) < 4 or steps.min() <= 0:
+    if len(steps) < 4:
         return False
-    return bool(least <= np.median(steps) and steps.max() <= 4 * np.median(steps))
+    typical = np.median(steps)
+    return bool(typical >= least and steps.min() >= typical / 2 and steps.max() <= 2 * typical)

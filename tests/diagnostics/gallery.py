@@ -7,6 +7,7 @@ be); ``INNOCENT`` gives the verdict, "clean" or "bounded".
 
 import collections
 import copy
+import functools
 
 import torch
 from torch import nn
@@ -274,6 +275,16 @@ def ema_of_a_module():
     return step, net, ema_net
 
 
+@leak("History.losses[…]")
+def list_on_a_class():
+    class History:
+        losses = []
+
+    net = net_of()
+    opt = trainer(net)
+    return lambda: History.losses.append(plain_step(net, opt)), net
+
+
 @leak("h")
 def hidden_state_carried():
     gru = nn.GRUCell(6, 5)
@@ -397,6 +408,15 @@ def context_attribute():
         Keeping.apply(net(data())).mean().backward()
 
     return step, net
+
+
+@leak(UNREACHABLE)
+def model_in_a_cache():
+    @functools.lru_cache
+    def model():  # what a cached function has returned is in no attribute
+        return nn.Sequential(nn.Linear(6, 5), LEAKS["buffer_rebound"][0]()[1][1])
+
+    return lambda: model()(data()).square().mean().backward(), nn.Linear(1, 1)
 
 
 # --- what only looks like a leak --------------------------------------------------------------
