@@ -485,11 +485,12 @@ guess_nan.compare("the right numbers" if finite else "NaN in some channels")
 # %% tags=["nbval-check-output"]
 re, im = steep[:, 0].real.double(), steep[:, 0].imag.double()
 product = (re.var() * im.var()).item()
-step = product * torch.finfo(torch.float32).eps
+steps = {dtype: product * torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64)}
 left_over = (1e-5 * (re.var() + im.var())).item()
-print(f"each product is about            {product:.0e}")
-print(f"float32 knows it to within       {step:.0e}")
-print(f"the determinant, thanks to eps:  {left_over:.0e}")
+print(f"each product is about               {product:.0e}")
+for dtype, step in steps.items():
+    print(f"{dtype} knows it to within {step:.0e}")
+print(f"the determinant, thanks to eps:     {left_over:.0e}")
 
 # %% [markdown]
 # The answer is far below what float32 can see beside the products. So is the cure to compute the
@@ -528,7 +529,8 @@ print(ax.get_label().replace(": ", ":\n  ", 1).replace("; ", ";\n  "))
 
 # %% [markdown]
 # It does not help: **the covariance had been rounded before**, and no later precision brings the digits
-# back. The sums themselves must be taken in double, as `cbn_lab` does.
+# back. The sums themselves must be taken in double, as `cbn_lab` does. (Double has its limit as well,
+# only much further out. There `cbn_lab` stays finite, and the digits go one by one.)
 #
 # ### Exercise: stay finite (★★★, 10 minutes)
 #
