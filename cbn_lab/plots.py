@@ -202,7 +202,10 @@ def deviation(
         first, last = (
             (f"{value:.0e}" for value in values[finite][[0, -1]]) if finite.any() else "--"
         )
-        end = "" if finite.all() else f", not finite at {', '.join(f'{v:g}' for v in x[~finite])}"
+        where = ", ".join(f"{value:g}" for value in x[~finite])
+        if len(where) > 12 and finite[: finite.sum()].all():
+            where = f"{x[finite.sum()]:g} and more"
+        end = f", not finite at {where}" if where else ""
         said.append(f"{label} {first} to {last}{end}")
     if floor is not None:
         values = np.broadcast_to(floor, len(x))[order]

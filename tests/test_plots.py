@@ -132,6 +132,12 @@ def test_deviation_is_logarithmic_and_marks_what_is_not_finite(ax):
     assert "a 1e-06 to 1e-04, not finite at 100; b 0e+00 to 5e-02." in ax.get_label()
 
 
+def test_a_form_that_breaks_down_for_good_is_said_to_do_so(ax):
+    broken = [1.0] + 5 * [float("inf")]
+    plots.deviation([1, 10, 100, 1000, 1e4, 1e5], {"a": broken}, ax, xlabel="scale", ylabel="error")
+    assert "not finite at 10 and more" in ax.get_label()
+
+
 def test_bars_are_as_long_as_their_values_and_the_bound_is_drawn(ax):
     assert plots.bars({"two": 2.0, "three": 3.0}, ax, xlabel="kept (MiB)", bound=1.0) is ax
     assert [bar.get_width() for bar in ax.patches] == [2.0, 3.0]

@@ -155,7 +155,7 @@ check("update rule", update)
 print(inspect.getsource(update_))
 
 # %% [markdown]
-# `no_grad` in front of it looks harmless. Notebook 3 is about what happens without it. Five steps of
+# `no_grad` in front of it looks harmless. Notebook 5 is about what happens without it. Five steps of
 # both layers, on the same data:
 
 # %% tags=["nbval-check-output"]

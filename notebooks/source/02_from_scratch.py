@@ -402,7 +402,7 @@ guess_single.compare(
 #   `self.weight = nn.Parameter(tensor)`, a **buffer** by `self.register_buffer("name", tensor)`.
 # - `forward(self, x)` computes. It may look at `self.training`, which `nn.Module` keeps for you.
 #
-# A layer that does one thing of the two, to see the syntax:
+# A small layer, to see the syntax:
 
 
 # %%

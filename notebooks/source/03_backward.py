@@ -434,10 +434,11 @@ print(ax.get_label())
 # %% [markdown]
 # `formula` keeps $x - \mu$ (to differentiate the square, and the quotient) and $\hat x$ (to
 # differentiate the product with $\gamma$). Autograd treats each operation by itself: it does not see
-# that the one is a multiple of the other, and that both follow from the input. **You do see it.** The
-# input is often kept anyway by the layer before, so that the `Function` costs next to nothing.
+# that the one is a multiple of the other, and that both follow from the input. **You do see it.** And
+# where the layer before keeps its output anyway (a ReLU does, a convolution does not), the input is
+# there already, and the `Function` keeps next to nothing of its own.
 #
-# In a deep network that is what decides how large a batch fits.
+# In a deep network this helps to decide how large a batch fits.
 #
 # ## Is it faster, too?
 #
