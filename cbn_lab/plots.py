@@ -131,7 +131,9 @@ def whitening(
     if points is not None:
         shown = normalised(z, points, weight)[:: max(1, len(z) // 1000)]  # more would only be ink
         colour = PALETTE["grey"] if points == "input" else STAGES[points][0]
-        ax.plot(shown.real, shown.imag, ".", ms=3, alpha=0.35, color=colour, zorder=1)
+        ax.plot(
+            shown.real.numpy(), shown.imag.numpy(), ".", ms=3, alpha=0.35, color=colour, zorder=1
+        )
     for stage in stages:
         values = normalised(z, stage, weight)
         colour, line = STAGES[stage]

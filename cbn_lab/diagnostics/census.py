@@ -37,6 +37,12 @@ class Census(TorchDispatchMode):
         self._storages: dict[int, _StorageRef] = {}
         self._tensors: dict[int, weakref.ref] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # torch's own switch: wrapping the dispatch for the compiler would import all of
+        # torch._dynamo, several seconds of it, and the census is never compiled.
+        return False
+
     @property
     def tensor_bytes(self) -> int:
         """Bytes of all live storages, each once."""

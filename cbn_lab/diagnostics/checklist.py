@@ -194,7 +194,7 @@ def demand_close(found: Tensor, expected: Tensor, what: str, rtol: float = 1e-3)
     if not torch.isfinite(found.detach().abs()).all():
         raise Failed(f"{what} that is not finite")
     if not close(found, expected, rtol):
-        error = (found.detach() - expected.detach()).abs().max() / expected.abs().max()
+        error = (found - expected).detach().abs().max() / expected.detach().abs().max()
         raise Failed(f"{what} off by {float(error):.1%} of the greatest value")
 
 
