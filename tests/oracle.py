@@ -25,7 +25,7 @@ def complex_batch_norm(
 
     ``mean`` and ``covar`` stand in for the batch's own, as in evaluation.
     """
-    values = z.detach().cpu().to(torch.complex128).movedim(1, 0).numpy()
+    values = z.detach().cpu().to(torch.complex128).movedim(1, 0).resolve_conj().numpy()
     output, means, covars = np.empty_like(values), [], []
     for c, channel in enumerate(values):
         x = np.stack([channel.real.ravel(), channel.imag.ravel()])

@@ -91,13 +91,17 @@ def test_any_layout_against_float64(z, affine, pair, eps, scale):
     limit = 1e-4 if z.dtype == torch.complex64 else 1e-9
     assert (y - expected.output).abs().max() <= limit * max(1, expected.output.abs().max())
     g = torch.randn(z.shape, dtype=z.dtype)
-    leaves = [z.detach().clone().requires_grad_() for _ in range(2)]
-    for leaf, engine in zip(leaves, ("auto", "reference"), strict=True):
+    leaves = [z.detach().clone().requires_grad_() for _ in range(3)]
+    for leaf, engine in zip(leaves, ("auto", "reference"), strict=False):
         out = F.complex_batch_norm(
             leaf, None, None, weight, bias, training=True, eps=eps, engine=engine
         )
         out.backward(g)
-    close([leaves[0].grad], [leaves[1].grad], limit)
+    # In training what remains of Aᵀ·g may be much smaller than Aᵀ·g, which float32 rounds.
+    statistics = expected.mean, expected.covar
+    F.complex_batch_norm(leaves[2], *statistics, weight, bias, eps=eps).backward(g)
+    difference = (leaves[0].grad - leaves[1].grad).abs().max()
+    assert difference <= limit * leaves[2].grad.abs().max()
 
 
 SHAPES = [(1, 1, 1, 1000003), (3, 2, 1, 70001), (70000, 2), (5, 700), (300, 33), (9, 5, 7, 9)]
@@ -181,17 +185,17 @@ def samples():
 
 def test_opcheck():
     ops = torch.ops.cbn_lab
-    for parts, given in samples():
+    for parts, fixed in samples():
         w, b = torch.randn(2, 3).double(), torch.randn(2, 2).double()
         leaves = [None if t is None else t.clone().requires_grad_() for t in (*parts, w, b)]
-        args = (*leaves[:2], *given, *leaves[2:], 1e-5, "auto")
+        args = (*leaves[:2], *fixed, *leaves[2:], 1e-5, "auto")
         torch.library.opcheck(ops.complex_batch_norm.default, args)
         _, _, mean, covar = ops.complex_batch_norm(*args)
         grads = [None if t is None else torch.randn_like(t).requires_grad_() for t in parts]
         backward = (*leaves[:2], *grads, mean.detach(), covar.detach(), leaves[2], 1e-5)
         torch.library.opcheck(
             ops.complex_batch_norm_backward.default,
-            (*backward, given[0] is None, True, "auto"),
+            (*backward, fixed[0] is None, True, "auto"),
         )
 
 

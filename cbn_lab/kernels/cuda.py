@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cbn_lab.kernels import reference
-from cbn_lab.kernels.layout import layout
+from cbn_lab.kernels.layout import in_step, layout, outputs_like, walkable
 from cbn_lab.whitening import symmetric, whitening_matrix, whitening_matrix_adjoint
 
 BLOCK = 1024  # values in a tile
@@ -157,10 +157,8 @@ class Sweep:
     """The steps of a forward and a backward; see :class:`cbn_lab.kernels.reference.Sweep`."""
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
-        first = parts[0]
-        if layout(first.shape, first.stride()) is None:
-            first = first.contiguous(memory_format=torch.contiguous_format)
-        self.like, self.eps = parts, eps
+        first, reordered = walkable(parts[0])
+        self.like, self.eps = parts if reordered else None, eps
         self.parts = (first, *(in_step(part, first) for part in parts[1:]))
         self.layout = layout(first.shape, first.stride())
         self.step = 2 if first.is_complex() else 1
@@ -242,15 +240,15 @@ class Sweep:
 
     def _map(self, a, b, centre, p, wide, grads, backward: bool) -> tuple[Tensor, ...]:
         table = torch.cat([a.flatten(1), b, centre, p.flatten(1)], 1).contiguous()
-        out = tuple(torch.empty_like(part) for part in self.like)
-        walked = out if all(in_step(o, self.parts[0]) is o for o in out) else None
-        walked = walked or tuple(torch.empty_like(part) for part in self.parts)
-        data = [p for t in (self.parts, grads, walked) for p in real_parts(t)]
-        strides = [s for t in (self.parts, grads, walked) for s in self._strides(t[0])]
+        out = outputs_like(self.parts)
+        data = [p for t in (self.parts, grads, out) for p in real_parts(t)]
+        strides = [s for t in (self.parts, grads, out) for s in self._strides(t[0])]
         args = *data, table, wide, *self._counts(), *strides
         self._launch(map_kernel, wide, *args, BACKWARD=backward)
-        return (
-            walked if walked is out else tuple(o.copy_(w) for o, w in zip(out, walked, strict=True))
+        if self.like is None:
+            return out
+        return tuple(
+            torch.empty_like(old).copy_(new) for old, new in zip(self.like, out, strict=True)
         )
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
@@ -296,12 +294,3 @@ def real_parts(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         return parts
     both = torch.view_as_real(parts[0])
     return both[..., 0], both[..., 1]
-
-
-def in_step(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor``, copied if its values do not lie in the order of the model's."""
-    if tensor.dtype is model.dtype and tensor.stride() == model.stride():
-        return tensor
-    return torch.empty_strided(
-        model.shape, model.stride(), dtype=model.dtype, device=model.device
-    ).copy_(tensor)

@@ -7,6 +7,7 @@ stand in any order; what counts is whether they can be walked as one.
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class Layout(NamedTuple):
@@ -42,6 +43,44 @@ def layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
             long = tuple(dim for dim in everything if shape[dim] > 1)
             return Layout(True, 1, c, length, pitch, 1, long)
     return None
+
+
+def in_and_out(shape: torch.Size, strides: tuple[int, ...]) -> tuple[Layout, Layout] | None:
+    """The layouts of such an input and of an output like it; None if they cannot be walked as one.
+
+    ``empty_like`` packs a sliced input, which may turn rows with gaps into planes.
+    """
+    given = torch.empty_strided(shape, strides, device="meta")
+    found, fresh = layout(shape, strides), layout(shape, torch.empty_like(given).stride())
+    if found is None or fresh is None or (found.rows, found.order) != (fresh.rows, fresh.order):
+        return None
+    return found, fresh
+
+
+def walkable(tensor: Tensor) -> tuple[Tensor, bool]:
+    """``tensor`` such that :func:`in_and_out` has an answer, copied if need be.
+
+    Also says whether its memory format had to be given up, so that outputs must be copied back.
+    """
+    if in_and_out(tensor.shape, tensor.stride()) is not None:
+        return tensor, False
+    dense = torch.empty_like(tensor).copy_(tensor)
+    if in_and_out(dense.shape, dense.stride()) is not None:
+        return dense, False
+    return tensor.contiguous(memory_format=torch.contiguous_format), True
+
+
+def in_step(tensor: Tensor, model: Tensor) -> Tensor:
+    """``tensor``, copied if its values do not lie exactly as the model's."""
+    if tensor.dtype is model.dtype and tensor.stride() == model.stride():
+        return tensor
+    return torch.empty_strided(
+        model.shape, model.stride(), dtype=model.dtype, device=model.device
+    ).copy_(tensor)
+
+
+def outputs_like(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(parts[0]) for _ in parts)
 
 
 def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple[int, int | None]:

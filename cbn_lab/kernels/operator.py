@@ -56,10 +56,9 @@ def whiten(
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing watches or transforms the call: no compiler, no mode, no subclass."""
+    """Whether nothing watches the call: no compiler, no dispatch mode, no subclass."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or any(type(t) not in (Tensor, torch.nn.Parameter, type(None)) for t in tensors)
     )
@@ -220,11 +219,13 @@ class Whiten(torch.autograd.Function):
     """:func:`forward` with :func:`backward`; of the batch only the input is saved."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = forward(*args)
-        remember(ctx, args, output)
-        ctx.mark_non_differentiable(*(output[2:] if args[1] is not None else output[1:]))
-        return output
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        remember(ctx, inputs, output)
+        ctx.mark_non_differentiable(*(output[2:] if inputs[1] is not None else output[1:]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -236,9 +237,12 @@ class WhitenBackward(torch.autograd.Function):
     """:func:`backward`, differentiable again."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        remember_backward(ctx, args, None)
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        remember_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cbn_lab.kernels.cpu import native
 from cbn_lab.kernels.cpu.job import Job
-from cbn_lab.kernels.layout import Layout, layout
+from cbn_lab.kernels.layout import Layout, in_and_out, in_step, outputs_like, walkable
 
 TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, little enough to share
 TASKS = 256  # at most about so many parts: each costs a row of sums
@@ -38,10 +38,10 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
         return compiled.compile_loops(label, dtype is torch.float64, interleaved, rows)
 
     folder = Path(__file__).parent
-    texts = [*sorted(folder.glob("*.py")), folder.parents[1] / "whitening.py"]
+    names = ("job", "tools", "lanes", "algebra", "planes", "rows", "compiled")
+    texts = [*(folder / f"{name}.py" for name in names), folder.parents[1] / "whitening.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in texts)
-    names = [f"{label}.{name}" for name in small + sweeps]
-    found = native.load(names, build, source)
+    found = native.load([f"{label}.{name}" for name in small + sweeps], build, source)
     return {name.split(".")[1]: loop for name, loop in found.items()}
 
 
@@ -68,12 +68,15 @@ def plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, threads: int
 ) -> Plan | None:
     """How to sweep over such a tensor; None if it must be copied first."""
-    found = layout(shape, strides)
-    if found is None:
+    both = in_and_out(shape, strides)
+    if both is None:
         return None
+    found, fresh = both
     real = dtype.to_real() if dtype.is_complex else dtype
     step, size = 2 if dtype.is_complex else 1, real.itemsize
     job = Job(x_sample=step * found.sample, x_channel=step * found.channel)
+    job.g_sample, job.g_channel = job.x_sample, job.x_channel
+    job.y_sample, job.y_channel = step * fresh.sample, step * fresh.channel
     slices, tasks = cut(job, found, 2 * size)
     if found.samples * found.channels * found.length * 2 * size <= SERIAL_BYTES:
         threads = 1
@@ -104,12 +107,12 @@ class Sweep:
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         """``parts``: one complex tensor, or the real and the imaginary one."""
-        first, threads = parts[0], torch.get_num_threads()
+        first, threads, self.like = parts[0], torch.get_num_threads(), None
         self.plan = plan(first.shape, first.stride(), first.dtype, threads)
         if self.plan is None:
-            first = first.contiguous(memory_format=torch.contiguous_format)
+            first, reordered = walkable(first)
+            self.like = parts if reordered else None
             self.plan = plan(first.shape, first.stride(), first.dtype, threads)
-        self.like = parts
         self.parts = (first, *(in_step(part, first) for part in parts[1:]))
         self.job = Job.from_buffer_copy(self.plan.job)
         self.job.eps = eps
@@ -122,17 +125,6 @@ class Sweep:
         other = start + self.plan.size if self.plan.interleaved else parts[1].data_ptr()
         setattr(self.job, name + "_re", start)
         setattr(self.job, name + "_im", other)
-
-    def _place_beside(self, name: str, parts: tuple[Tensor, ...]) -> None:
-        """Data with strides of their own, if they differ from the input's."""
-        self.keep.extend(parts)
-        self._place(name, parts)
-        sample, channel = self.job.x_sample, self.job.x_channel
-        if parts[0].stride() != self.parts[0].stride():
-            own = layout(parts[0].shape, parts[0].stride())
-            sample, channel = self.plan.step * own.sample, self.plan.step * own.channel
-        setattr(self.job, name + "_sample", sample)
-        setattr(self.job, name + "_channel", channel)
 
     def _small(self, name: str, tensor: Tensor | None) -> None:
         """Hand over a small tensor as contiguous float64."""
@@ -159,18 +151,19 @@ class Sweep:
         self.job.counter = 0
         native.parallel(self.plan.loops[name], self.address, self.plan.threads)
 
-    def _outputs(self) -> tuple[Tensor, ...]:
-        """Fresh tensors with the memory format of what came in, and in step with the sweep."""
-        out = tuple(torch.empty_like(part) for part in self.like)
-        first = out[0]
-        if first.stride() != self.parts[0].stride() and not walks_like(first, self.parts[0]):
-            out = tuple(torch.empty_like(part) for part in self.parts)
-        elif len(out) == 2 and out[1].stride() != first.stride():
-            out = (first, torch.empty_like(first))
-        if first.nbytes > native.HUGE:
+    def _write(self, name: str) -> tuple[Tensor, ...]:
+        """Run the sweep that writes, into fresh tensors with the memory format of what came in."""
+        out = outputs_like(self.parts)
+        if out[0].nbytes > native.HUGE:
             for part in out:
                 native.ask_for_huge_pages(part)
-        return out
+        self._place("y", out)
+        self._sweep(name)
+        if self.like is None:
+            return out
+        return tuple(
+            torch.empty_like(old).copy_(new) for old, new in zip(self.like, out, strict=True)
+        )
 
     def moments(self) -> tuple[Tensor, Tensor]:
         c = self.plan.layout.channels
@@ -198,13 +191,12 @@ class Sweep:
         if not self.job.map:
             self._room(("map", 12), ("wide", 1))
         self._run("map_forward")
-        out = self._outputs()
-        self._place_beside("y", out)
-        self._sweep("apply")
-        return out
+        return self._write("apply")
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
-        self._place_beside("g", tuple(in_step(grad, self.parts[0]) for grad in grads))
+        grads = tuple(in_step(grad, self.parts[0]) for grad in grads)
+        self.keep.extend(grads)
+        self._place("g", grads)
         self._small("mean", mean)
         self._small("covar", covar)
         self._room(("partial", 6 * self.plan.slices), ("shift", 2), ("wide", 1), ("map", 12))
@@ -238,20 +230,4 @@ class Sweep:
         self._run("map_backward")
         if not need_input:
             return (), weight_grad
-        out = self._outputs()
-        self._place_beside("y", out)
-        self._sweep("apply_backward")
-        return out, weight_grad
-
-
-def walks_like(tensor: Tensor, model: Tensor) -> bool:
-    """Whether both can be walked value by value in the same order."""
-    a, b = (layout(t.shape, t.stride()) for t in (tensor, model))
-    return a is not None and b is not None and (a.rows, a.order) == (b.rows, b.order)
-
-
-def in_step(tensor: Tensor, model: Tensor) -> Tensor:
-    """``tensor``, copied if a sweep could not walk it together with ``model``."""
-    if tensor.dtype is model.dtype and tensor.stride() == model.stride():
-        return tensor
-    return torch.empty_strided(model.shape, model.stride(), dtype=model.dtype).copy_(tensor)
+        return self._write("apply_backward"), weight_grad
