@@ -17,16 +17,7 @@ from torch import Tensor, nn
 
 from cbn_lab import checks
 from cbn_lab.running_stats import average_factor, bessel, update_
-
-
-def reduced_dims(input: Tensor) -> list[int]:
-    """All dimensions but the channels': n counts pixels as well as samples."""
-    return [dim for dim in range(input.dim()) if dim != 1]
-
-
-def per_channel(values: Float[Tensor, "C"], input: Tensor) -> Float[Tensor, "1 C *ones"]:
-    """Shape (C,) so that it broadcasts against (N, C, ...)."""
-    return values.reshape(1, -1, *[1] * (input.dim() - 2))
+from cbn_lab.shapes import per_channel, reduced_dims
 
 
 def batch_norm(

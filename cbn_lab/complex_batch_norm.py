@@ -16,46 +16,10 @@ import torch
 from jaxtyping import Complex, Float
 from torch import Tensor
 
-from cbn_lab import checks
-from cbn_lab.batch_norm import NormBase, batch_norm, per_channel, reduced_dims
+from cbn_lab import checks, kernels
+from cbn_lab.batch_norm import NormBase, batch_norm
+from cbn_lab.kernels.reference import Pair
 from cbn_lab.running_stats import bessel, update_
-from cbn_lab.whitening import symmetric, whitening_matrix
-
-Pair = tuple[Float[Tensor, "N C *spatial"], Float[Tensor, "N C *spatial"]]
-
-
-def moments(re: Tensor, im: Tensor) -> tuple[Float[Tensor, "C 2"], Float[Tensor, "C 3"]]:
-    """Mean (re, im) and biased covariance (rr, ii, ri) of each channel.
-
-    Centred before multiplying: E[x²] − E[x]² would cancel where the mean is large.
-    """
-    dims = reduced_dims(re)
-    mean = torch.stack([re.mean(dims), im.mean(dims)], -1)
-    re, im = re - per_channel(mean[:, 0], re), im - per_channel(mean[:, 1], im)
-    covar = [(re * re).mean(dims), (im * im).mean(dims), (re * im).mean(dims)]
-    return mean, torch.stack(covar, -1)
-
-
-def whiten(
-    re: Tensor,
-    im: Tensor,
-    mean: Float[Tensor, "C 2"],
-    covar: Float[Tensor, "C 3"],
-    weight: Float[Tensor, "C 3"] | None,
-    bias: Float[Tensor, "C 2"] | None,
-    eps: float,
-) -> Pair:
-    """y = A·(x − μ) + β with A = Γ·V^(−1/2): one linear map of the plane per channel."""
-    a = whitening_matrix(covar, eps)
-    if weight is not None:
-        a = symmetric(weight) @ a
-    re, im = re - per_channel(mean[:, 0], re), im - per_channel(mean[:, 1], im)
-    out_re = per_channel(a[:, 0, 0], re) * re + per_channel(a[:, 0, 1], im) * im
-    out_im = per_channel(a[:, 1, 0], re) * re + per_channel(a[:, 1, 1], im) * im
-    if bias is not None:
-        out_re = out_re + per_channel(bias[:, 0], re)
-        out_im = out_im + per_channel(bias[:, 1], im)
-    return out_re, out_im
 
 
 def complex_batch_norm(
@@ -67,17 +31,20 @@ def complex_batch_norm(
     training: bool = False,
     momentum: float = 0.1,
     eps: float = 1e-5,
+    *,
+    engine: str = "auto",
 ) -> Complex[Tensor, "N C *spatial"] | Pair:
     """Whiten each channel by the 2×2 covariance of its real and imaginary part.
 
     Args:
-        input: (N, C, ...) complex, or a pair of real tensors of that shape. All is computed in
-            float64: where the parts are nearly proportional, float32 loses every digit.
+        input: (N, C, ...) complex, or a pair of real tensors of that shape.
         running_mean, running_covar: (C, 2) and (C, 3), or None; updated in place when training.
             The covariance is stored unbiased, in the order rr, ii, ri, and without eps.
         weight: (C, 3): the symmetric Γ as rr, ii, ri; None for the identity.
         bias: (C, 2): β; None for 0.
         training, momentum, eps: as in :func:`cbn_lab.functional.batch_norm`.
+        engine: "auto" takes the fastest one for the device: "numba" on the CPU, "triton" on CUDA,
+            else "reference", which is plain torch in float64.
 
     Raises:
         ValueError: wrong shapes, one value per channel in training, no statistics in evaluation.
@@ -85,18 +52,14 @@ def complex_batch_norm(
     """
     parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
     checks.check_eps(eps, training)
-    re, im = (part.double() for part in parts)
+    statistics = (None, None) if training else (running_mean, running_covar)
+    output, mean, covar = kernels.whiten(parts, *statistics, weight, bias, eps, engine)
     if training:
-        mean, covar = moments(re, im)
         if running_mean is not None:
             update_(running_mean, mean, momentum)
         if running_covar is not None:
-            update_(running_covar, covar * bessel(checks.check_enough_values(re)), momentum)
-    else:
-        mean, covar = running_mean.double(), running_covar.double()
-    weight, bias = (None if p is None else p.double() for p in (weight, bias))
-    out = (y.to(parts[0].dtype) for y in whiten(re, im, mean, covar, weight, bias, eps))
-    return tuple(out) if isinstance(input, tuple) else torch.complex(*out)
+            update_(running_covar, covar * bessel(checks.check_enough_values(parts[0])), momentum)
+    return output if len(output) == 2 else output[0]
 
 
 def check_arguments(
@@ -106,9 +69,9 @@ def check_arguments(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-) -> Pair:
-    """The real and the imaginary part, once everything has been found as it must be."""
-    re, im = split(input)
+) -> tuple[Tensor, ...]:
+    """The complex tensor or the two real ones, once everything has been found as it must be."""
+    re, _ = split(input)
     checks.check_channels(re, channels(re, running_mean, running_covar, weight, bias))
     rows = dict(running_mean=2, running_covar=3, weight=3, bias=2)
     given = (running_mean, running_covar, weight, bias)
@@ -117,7 +80,7 @@ def check_arguments(
     checks.check_statistics_given(training, running_mean=running_mean, running_covar=running_covar)
     if training:
         checks.check_enough_values(re)
-    return re, im
+    return (input,) if isinstance(input, Tensor) else tuple(input)
 
 
 def channels(re: Tensor, *given: Tensor | None) -> int:

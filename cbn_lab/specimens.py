@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cbn_lab import batch_norm, complex_batch_norm
 from cbn_lab.checks import check_enough_values, check_real
+from cbn_lab.kernels import reference
 from cbn_lab.running_stats import bessel
 
 
@@ -132,6 +133,6 @@ class LeakyComplexBatchNorm2d(_Specimen, complex_batch_norm.ComplexBatchNorm2d):
     ) -> Complex[Tensor, "N C H W"] | complex_batch_norm.Pair:
         parts = complex_batch_norm.split(input if imag is None else (input, imag))
         self.check_input(parts[0])
-        mean, covar = self.statistics(complex_batch_norm.moments, *parts)
-        out = complex_batch_norm.whiten(*parts, mean, covar, self.weight, self.bias, self.eps)
+        mean, covar = self.statistics(reference.moments, *parts)
+        out = reference.whiten(*parts, mean, covar, self.weight, self.bias, self.eps)
         return torch.complex(*out) if imag is None else out

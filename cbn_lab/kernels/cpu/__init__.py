@@ -1,0 +1,1 @@
+"""The CPU engine: loops that numba compiles once and llvmlite loads."""

@@ -1,0 +1,84 @@
+"""The loops of the CPU engine, in numba. Imported only when they must be compiled.
+
+Every loop takes a :class:`cbn_lab.kernels.cpu.job.Job`. Data come in one of two layouts:
+
+* planes: (N, C, L) with a channel's L values side by side, as in contiguous NCHW;
+* rows: (L, C) with the channels side by side, as in channels_last or (N, C).
+
+Real and imaginary parts lie ``step`` numbers apart: interleaved (2), or in two tensors (1).
+Single precision is summed in float32 over short stretches and in float64 from there on. A channel
+that float32 cannot serve is "wide": done again in float64, see :func:`algebra.finish_moments`.
+"""
+
+import numba
+import numpy as np
+from numba import carray
+
+from cbn_lab.kernels.cpu import algebra, planes, rows
+from cbn_lab.kernels.cpu.tools import SIGNATURE, bounds, doubles, next_task, tasks
+
+
+def forwards(block):
+    """A loop that does the tasks in memory order."""
+
+    def loop(pointer_to_job):
+        job = carray(pointer_to_job, (1,))[0]
+        last, task = tasks(job), next_task(pointer_to_job)
+        while task < last:
+            block(job, *bounds(job, task))
+            task = next_task(pointer_to_job)
+
+    return loop
+
+
+def backwards(block):
+    """The other way round: what the sweep before has read last is still in the cache."""
+
+    def loop(pointer_to_job):
+        job = carray(pointer_to_job, (1,))[0]
+        last, task = tasks(job), next_task(pointer_to_job)
+        while task < last:
+            block(job, *bounds(job, last - 1 - task))
+            task = next_task(pointer_to_job)
+
+    return loop
+
+
+def first_guess(block):
+    """A point near each channel's mean, exact in float32: the mean of its first few values."""
+
+    def loop(pointer_to_job):
+        job = carray(pointer_to_job, (1,))[0]
+        shift = doubles(job.shift, 2 * job.channels)
+        block(job, shift)
+        for i in range(2 * job.channels):
+            shift[i] = float(np.float32(shift[i]))
+
+    return loop
+
+
+def all_loops(double: bool, interleaved: bool, in_rows: bool):
+    """Every loop by name, not yet compiled."""
+    dtype = np.float64 if double else np.float32
+    make = rows.blocks if in_rows else planes.blocks
+    guess, moments, apply, gram, apply_backward = make(dtype, 2 if interleaved else 1)
+    sweeps = {
+        "guess": first_guess(guess),
+        "moments": forwards(moments),
+        "apply": backwards(apply),
+        "gram": forwards(gram),
+        "apply_backward": backwards(apply_backward),
+    }
+    return {function.__name__: function for function in algebra.SMALL} | sweeps
+
+
+def compile_loops(
+    label: str, double: bool, interleaved: bool, in_rows: bool
+) -> dict[str, tuple[str, bytes]]:
+    """Symbol and object code of every loop for one kind of data."""
+    compiled = {}
+    for name, function in all_loops(double, interleaved, in_rows).items():
+        loop = numba.cfunc(SIGNATURE, error_model="numpy")(function)
+        code = loop._library._get_compiled_object()
+        compiled[f"{label}.{name}"] = loop.native_name, code
+    return compiled

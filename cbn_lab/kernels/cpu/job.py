@@ -1,0 +1,39 @@
+"""What a compiled loop is told: one C structure, the same for ctypes and for numba."""
+
+import ctypes
+
+INTEGERS = (
+    "counter",  # the next task; comes first, the loops count at the address of the structure
+    "samples",  # N; 1 where the layout is rows
+    "channels",  # C
+    "length",  # L; the number of rows where the layout is rows
+    "sample_block",  # how much of N, C and L makes one task
+    "channel_block",
+    "length_block",
+    "count",  # values per channel, over all ranks
+    "training",  # 0: mean and covariance are constants
+    "only_wide",  # do only the channels marked as wide
+    "wide_found",  # how many finish_moments has marked
+    # Addresses of the real and imaginary parts of input, output gradient and result; their strides
+    # from sample to sample (row to row) and from channel to channel, in real numbers.
+    *(f"{a}_{b}" for a in ("x", "g", "y") for b in ("re", "im", "sample", "channel")),
+    # Addresses of small float64 arrays.
+    "partial",  # (tasks, C, 6) sums
+    "shift",  # (C, 2) the point about which sums are taken
+    "wide",  # (C,) whether the channel is done in float64
+    "map",  # (C, 12) the linear map of each channel
+    "mean",  # (C, 2)
+    "covar",  # (C, 3), biased
+    "weight",  # (C, 3) or 0
+    "bias",  # (C, 2) or 0
+    "total",  # (C, 2): Σ g
+    "product",  # (C, 4): Σ g·(x − μ)ᵀ
+    "weight_grad",  # (C, 3)
+)
+NUMBERS = ("eps",)
+
+
+class Job(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in INTEGERS] + [
+        (name, ctypes.c_double) for name in NUMBERS
+    ]

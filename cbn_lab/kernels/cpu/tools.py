@@ -1,0 +1,132 @@
+"""What the loops share: the job, its tasks, and plain access to memory."""
+
+import numba
+from llvmlite import ir
+from numba import carray, njit, types
+from numba.extending import intrinsic
+
+from cbn_lab.kernels.cpu.job import INTEGERS, NUMBERS
+
+# No nnan and no ninf: NaN and infinity in the input must show in the output.
+FAST = {"reassoc", "contract", "nsz", "arcp"}
+
+plain = njit(forceinline=True, error_model="numpy")
+fast = njit(forceinline=True, error_model="numpy", fastmath=FAST)
+
+JOB = types.Record.make_c_struct(
+    [(name, types.int64) for name in INTEGERS] + [(name, types.float64) for name in NUMBERS]
+)
+SIGNATURE = types.void(types.CPointer(JOB))
+
+
+@intrinsic
+def pointer(typing, address, dtype):
+    """The address as a pointer to numbers of ``dtype``."""
+    kind = types.CPointer(dtype.dtype)
+
+    def generate(context, builder, signature, args):
+        return builder.inttoptr(args[0], context.get_value_type(kind))
+
+    return kind(address, dtype), generate
+
+
+@intrinsic
+def next_task(typing, job):
+    """Take the next number from the counter at the head of the job, atomically."""
+
+    def generate(context, builder, signature, args):
+        integer = ir.IntType(64)
+        counter = builder.bitcast(args[0], integer.as_pointer())
+        return builder.atomic_rmw("add", counter, ir.Constant(integer, 1), "seq_cst")
+
+    return types.int64(job), generate
+
+
+@plain
+def doubles(address, count):
+    return carray(pointer(address, numba.float64), (count,))
+
+
+@plain
+def ceil_divide(a, b):
+    return (a + b - 1) // b
+
+
+@plain
+def tasks(job):
+    """How many tasks the job has: blocks of samples, of length and of channels."""
+    return (
+        ceil_divide(job.samples, job.sample_block)
+        * ceil_divide(job.length, job.length_block)
+        * ceil_divide(job.channels, job.channel_block)
+    )
+
+
+@plain
+def bounds(job, task):
+    """Where a task begins and ends; neighbours in memory follow each other."""
+    by_channel = ceil_divide(job.channels, job.channel_block)
+    by_length = ceil_divide(job.length, job.length_block)
+    c = task % by_channel * job.channel_block
+    part = task // by_channel
+    start = part % by_length * job.length_block
+    n = part // by_length * job.sample_block
+    return (
+        part,
+        n,
+        min(n + job.sample_block, job.samples),
+        c,
+        min(c + job.channel_block, job.channels),
+        start,
+        min(start + job.length_block, job.length),
+    )
+
+
+def access(step):
+    """Read and write value i of what :func:`make_parts` gives.
+
+    By hand, so that the optimiser may count on step·i not to overflow: without that it does not
+    see that real and imaginary parts alternate, and collects them one by one.
+    """
+
+    def address(builder, base, i, odd):
+        integer = i.type
+        index = builder.mul(i, ir.Constant(integer, step), flags=["nsw"])
+        index = builder.add(index, ir.Constant(integer, odd), flags=["nsw"])
+        return builder.gep(base, [index], inbounds=True)
+
+    def reader(odd):
+        @intrinsic
+        def read(typing, base, i):
+            def generate(context, builder, signature, args):
+                return builder.load(address(builder, args[0], args[1], odd))
+
+            return base.dtype(base, types.int64), generate
+
+        return read
+
+    def writer(odd):
+        @intrinsic
+        def write(typing, base, i, value):
+            def generate(context, builder, signature, args):
+                builder.store(args[2], address(builder, args[0], args[1], odd))
+
+            return types.void(base, types.int64, base.dtype), generate
+
+        return write
+
+    return reader(0), reader(step - 1), writer(0), writer(step - 1)
+
+
+def make_parts(dtype, step):
+    """Where the real and the imaginary parts begin that lie ``offset`` numbers into a tensor."""
+    size = dtype(0).itemsize
+
+    @plain
+    def parts(re, im, offset):
+        x = pointer(re + size * offset, dtype)
+        if step == 2:
+            return x, x  # two pointers would hide that they are neighbours
+        return x, pointer(im + size * offset, dtype)
+
+    return parts

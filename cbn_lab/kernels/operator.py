@@ -1,0 +1,337 @@
+"""One operator, ``torch.ops.cbn_lab.complex_batch_norm``, whichever engine does the work.
+
+Forward and backward are functional custom operators: nothing is mutated, the batch's statistics
+are returned. In eager mode :class:`Whiten` runs the same code without the dispatcher, which would
+cost more than the arithmetic of a small layer.
+"""
+
+import warnings
+from importlib import import_module
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cbn_lab.kernels import reference
+
+ENGINES = {
+    "reference": "cbn_lab.kernels.reference",
+    "numba": "cbn_lab.kernels.cpu.engine",
+    "triton": "cbn_lab.kernels.cuda",
+}
+NATIVE = {"cpu": "numba", "cuda": "triton"}
+_unavailable: dict[str, str] = {}
+
+Parts = tuple[Tensor, ...]  # one complex tensor, or a real and an imaginary one
+
+
+def whiten(
+    parts: Parts,
+    mean: Tensor | None,
+    covar: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    engine: str = "auto",
+) -> tuple[Parts, Tensor, Tensor]:
+    """Whiten ``parts`` by the given statistics, or by their own where these are None.
+
+    Args:
+        parts: one complex tensor (N, C, ...), or two real ones.
+        mean, covar: (C, 2) and (C, 3), biased; None in training.
+        weight, bias: (C, 3) and (C, 2), or None.
+        eps: added to both variances.
+        engine: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
+
+    Returns:
+        the output in the form of ``parts``, the mean and the biased covariance in float64.
+    """
+    check_engine(engine, parts[0].device.type)
+    args = (parts[0], parts[1] if len(parts) == 2 else None, mean, covar, weight, bias, eps, engine)
+    run = Whiten.apply if is_plain(*args[:6]) else torch.ops.cbn_lab.complex_batch_norm
+    y, y_imag, mean, covar = run(*args)
+    return ((y,) if len(parts) == 1 else (y, y_imag)), mean, covar
+
+
+def is_plain(*tensors: Tensor | None) -> bool:
+    """Whether nothing watches or transforms the call: no compiler, no mode, no subclass."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+        or any(type(t) not in (Tensor, torch.nn.Parameter, type(None)) for t in tensors)
+    )
+
+
+# --- engines ---------------------------------------------------------------------------------
+
+
+def check_engine(engine: str, device: str) -> None:
+    if engine not in (*ENGINES, "auto"):
+        raise ValueError(f"expected engine to be one of auto, {', '.join(ENGINES)}, got {engine!r}")
+    needed = {name: device for device, name in NATIVE.items()}.get(engine, device)
+    if needed != device:
+        raise ValueError(f"expected input on {needed} for engine={engine!r}, got {device}")
+
+
+def load_engine(name: str) -> ModuleType:
+    """The engine called ``name``; the reference, with one warning, where it cannot be loaded."""
+    if name not in _unavailable:
+        try:
+            module = import_module(ENGINES[name])
+            module.check_available()
+            return module
+        except Exception as error:  # a missing wheel, a read-only disk, an unknown processor
+            _unavailable[name] = f"{type(error).__name__}: {error}"
+            warnings.warn(
+                f"cbn_lab: the {name} engine cannot be loaded ({_unavailable[name]}); "
+                "the reference engine is used instead, which is slower",
+                stacklevel=2,
+            )
+    return reference
+
+
+def start(parts: Parts, eps: float, engine: str) -> Any:
+    """The sweep over ``parts`` of the engine that suits them."""
+    if parts[0].numel() == 0:
+        return reference.Sweep(parts, eps)
+    if engine == "auto":
+        engine = NATIVE.get(parts[0].device.type, "reference")
+    module = reference if engine == "reference" else load_engine(engine)
+    return module.Sweep(parts, eps)
+
+
+# --- forward and backward ------------------------------------------------------------------
+
+
+def forward(
+    input: Tensor,
+    imag: Tensor | None,
+    mean: Tensor | None,
+    covar: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sweep = start(widened(input, imag), eps, engine)
+    if mean is None:
+        mean, covar = sweep.moments()
+    else:  # copies: a later update must not change what the backward sees
+        mean, covar = mean.to(torch.float64, copy=True), covar.to(torch.float64, copy=True)
+    y = [narrowed(part, input) for part in sweep.apply(mean, covar, weight, bias)]
+    return y[0], y[1] if imag is not None else input.new_empty(0), mean, covar
+
+
+def backward(
+    input: Tensor,
+    imag: Tensor | None,
+    grad: Tensor,
+    grad_imag: Tensor | None,
+    mean: Tensor,
+    covar: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    training: bool,
+    need_input: bool,
+    engine: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    sweep = start(widened(input, imag), eps, engine)
+    sweep.take_gradient(widened(grad, grad_imag), mean, covar)
+    total, product = sweep.gram()
+    count = values_per_channel(input) if training else None
+    x, weight_grad = sweep.apply_backward(weight, total, product, count, need_input)
+    x = [narrowed(part, input) for part in x] or [input.new_empty(0)]
+    dtype = torch.float64 if weight is None else weight.dtype
+    second = x[1] if len(x) == 2 else input.new_empty(0)
+    return x[0], second, weight_grad.to(dtype), total.to(dtype, copy=True)
+
+
+def values_per_channel(input: Tensor) -> int:
+    return input.numel() // max(input.shape[1], 1)
+
+
+def widened(input: Tensor, imag: Tensor | None) -> Parts:
+    """Half precision as float32: sums of squares would overflow, and no engine has it."""
+    parts = (input,) if imag is None else (input, imag)
+    least = torch.complex64 if input.is_complex() else torch.float32
+    parts = tuple(part.resolve_conj().resolve_neg() for part in parts)
+    return tuple(part.to(torch.promote_types(part.dtype, least)) for part in parts)
+
+
+def narrowed(output: Tensor, input: Tensor) -> Tensor:
+    return output.to(input.dtype)
+
+
+def second_order(
+    tensors: tuple[Tensor | None, ...],
+    outer: tuple[Tensor | None, ...],
+    eps: float,
+    training: bool,
+) -> list[Tensor | None]:
+    """The derivative of the backward: autograd on the reference's closed form.
+
+    Args:
+        tensors: input, imag, grad, grad_imag, mean, covar, weight.
+        outer: gradients of the backward's four results.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        input, imag, grad, grad_imag, mean, covar, weight = (
+            None if t is None else t if create_graph and t.requires_grad
+            else t.detach().requires_grad_() for t in tensors
+        )  # fmt: skip
+        x = reference.as_pair((input,) if imag is None else (input, imag))
+        g = reference.as_pair((grad,) if grad_imag is None else (grad, grad_imag))
+        m, v = reference.moments(*x) if training else (mean, covar)
+        w = None if weight is None else weight.double()
+        total, product = reference.gram(*x, *g, m)
+        count = values_per_channel(input) if training else None
+        out = reference.input_gradient(*x, *g, m, v, w, eps, total, product, count)
+        if imag is None:
+            out = torch.complex(*out), None
+        out = *out, *reference.parameter_gradients(v, eps, total, product)
+        used = [(o, d) for o, d in zip(out, outer, strict=True) if None not in (o, d)]
+        wanted = [t for t in (input, imag, grad, grad_imag, weight) if t is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in used],
+                wanted,
+                [d.to(o.dtype) for o, d in used],
+                create_graph=create_graph,
+                allow_unused=True,
+            )
+        )
+        found = [None if t is None else next(found) for t in (input, imag, grad, grad_imag, weight)]
+        return [*found[:4], None, None, found[4]]
+
+
+# --- eager mode ------------------------------------------------------------------------------
+
+
+class Whiten(torch.autograd.Function):
+    """:func:`forward` with :func:`backward`; of the batch only the input is saved."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = forward(*args)
+        remember(ctx, args, output)
+        ctx.mark_non_differentiable(*(output[2:] if args[1] is not None else output[1:]))
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        run = WhitenBackward.apply if torch.is_grad_enabled() else backward
+        return backpropagate(ctx, run, *grads)
+
+
+class WhitenBackward(torch.autograd.Function):
+    """:func:`backward`, differentiable again."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        remember_backward(ctx, args, None)
+        return backward(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+        return backpropagate_again(ctx, *outer)
+
+
+def remember(ctx: Any, inputs: tuple, output: tuple) -> None:
+    input, imag, mean, _, weight, bias, ctx.eps, ctx.engine = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(input, imag, weight, *output[2:])
+    ctx.training, ctx.has_bias = mean is None, None if bias is None else bias.dtype
+
+
+def backpropagate(ctx: Any, run: Any, grad: Tensor | None, grad_imag: Tensor | None, *_: Any):
+    input, imag, weight, mean, covar = ctx.saved_tensors
+    grad = torch.zeros_like(input) if grad is None else grad
+    if imag is not None:
+        grad_imag = torch.zeros_like(imag) if grad_imag is None else grad_imag
+    else:
+        grad_imag = None
+    need = ctx.needs_input_grad
+    x, x_imag, weight_grad, bias_grad = run(
+        input, imag, grad, grad_imag, mean, covar, weight,
+        ctx.eps, ctx.training, need[0] or need[1], ctx.engine,
+    )  # fmt: skip
+    return (
+        x if need[0] else None,
+        x_imag if need[1] else None,
+        None,
+        None,
+        weight_grad if need[4] else None,
+        bias_grad.to(ctx.has_bias) if need[5] else None,
+        None,
+        None,
+    )
+
+
+def remember_backward(ctx: Any, inputs: tuple, output: Any) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:7])
+    ctx.eps, ctx.training = inputs[7:9]
+
+
+def backpropagate_again(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
+    outer = [None if o is None or o.numel() == 0 else o for o in outer]
+    found = second_order(ctx.saved_tensors, outer, ctx.eps, ctx.training)
+    found = [f if need else None for f, need in zip(found, ctx.needs_input_grad, strict=False)]
+    return *found, None, None, None, None
+
+
+# --- torch.library -----------------------------------------------------------------------------
+
+library = torch.library.Library("cbn_lab", "DEF")
+library.define(
+    "complex_batch_norm(Tensor input, Tensor? imag, Tensor? mean, Tensor? covar, Tensor? weight, "
+    "Tensor? bias, float eps, str engine) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.define(
+    "complex_batch_norm_backward(Tensor input, Tensor? imag, Tensor grad, Tensor? grad_imag, "
+    "Tensor mean, Tensor covar, Tensor? weight, float eps, bool training, bool need_input, "
+    "str engine) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+library.impl("complex_batch_norm", forward, "CompositeExplicitAutograd")
+library.impl("complex_batch_norm_backward", backward, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("cbn_lab::complex_batch_norm", lib=library)
+def _(input, imag, mean, covar, weight, bias, eps, engine):
+    second = input.new_empty(0) if imag is None else torch.empty_like(input)
+    c = input.shape[1]
+    small = dict(dtype=torch.float64, device=input.device)
+    return torch.empty_like(input), second, torch.empty(c, 2, **small), torch.empty(c, 3, **small)
+
+
+@torch.library.register_fake("cbn_lab::complex_batch_norm_backward", lib=library)
+def _(
+    input, imag, grad, grad_imag, mean, covar, weight, eps, training, need_input, engine
+):  # fmt: skip
+    x = torch.empty_like(input) if need_input else input.new_empty(0)
+    both = need_input and imag is not None
+    second = torch.empty_like(input) if both else input.new_empty(0)
+    dtype = torch.float64 if weight is None else weight.dtype
+    c, small = input.shape[1], dict(dtype=dtype, device=input.device)
+    return x, second, torch.empty(c, 3, **small), torch.empty(c, 2, **small)
+
+
+def _compiled_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return backpropagate(ctx, torch.ops.cbn_lab.complex_batch_norm_backward, *grads)
+
+
+torch.library.register_autograd(
+    "cbn_lab::complex_batch_norm",
+    _compiled_backward,
+    setup_context=lambda ctx, inputs, output: remember(ctx, inputs, output),
+    lib=library,
+)
+torch.library.register_autograd(
+    "cbn_lab::complex_batch_norm_backward",
+    backpropagate_again,
+    setup_context=lambda ctx, inputs, output: remember_backward(ctx, inputs, output),
+    lib=library,
+)
