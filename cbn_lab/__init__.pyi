@@ -14,6 +14,8 @@ from .complex_batch_norm import NaiveComplexBatchNorm3d as NaiveComplexBatchNorm
 from .diagnostics.buffers import BufferReport as BufferReport
 from .diagnostics.buffers import inspect_buffers as inspect_buffers
 from .diagnostics.memory import MemoryTrace as MemoryTrace
+from .distributed import SyncComplexBatchNorm as SyncComplexBatchNorm
+from .distributed import convert_sync_complex_batchnorm as convert_sync_complex_batchnorm
 from .explorers.momentum import MomentumExplorer as MomentumExplorer
 from .specimens import LeakyBatchNorm2d as LeakyBatchNorm2d
 from .specimens import LeakyComplexBatchNorm2d as LeakyComplexBatchNorm2d

@@ -196,7 +196,7 @@ class NormBase(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        dtype = checks.check_construction(num_features, dtype)
+        dtype = checks.check_construction(num_features, self.parameter_dtype(dtype))
         self.num_features = num_features
         self.eps = eps
         self.momentum = momentum
@@ -207,10 +207,17 @@ class NormBase(nn.Module):
             value = self._filled(initial, device, dtype) if present else None
             self.register_parameter(name, None if value is None else nn.Parameter(value))
         for name, initial in self.initial_statistics.items():
-            value = self._filled(initial, device, dtype) if track_running_stats else None
+            kept = self.statistics_dtype(dtype)
+            value = self._filled(initial, device, kept) if track_running_stats else None
             self.register_buffer(name, value)
         count = torch.tensor(0, dtype=torch.long, device=device) if track_running_stats else None
         self.register_buffer("num_batches_tracked", count)
+
+    def parameter_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        return dtype
+
+    def statistics_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
 
     def _filled(self, initial: Any, device: Any, dtype: torch.dtype | None) -> Tensor:
         row = torch.tensor(initial, device=device, dtype=dtype)
@@ -268,11 +275,24 @@ class NormBase(nn.Module):
             f"track_running_stats={self.track_running_stats}"
         )
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args) -> None:
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+    ) -> None:
         key = prefix + "num_batches_tracked"
         if (local_metadata.get("version") or 1) < 2 and self.track_running_stats:
             state_dict.setdefault(key, self.num_batches_tracked)
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        for name in (*self.initial_parameters, *self.initial_statistics):
+            value, own = state_dict.get(prefix + name), getattr(self, name)
+            # Copying complex numbers into real ones would drop the imaginary part with a warning.
+            if own is not None and value is not None and value.is_complex():
+                errors.append(
+                    f"{prefix}{name}: expected real numbers of shape {tuple(own.shape)}, "
+                    f"got {value.dtype} of shape {tuple(value.shape)}"
+                )
+                del state_dict[prefix + name]
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing, unexpected, errors
+        )
 
 
 class _BatchNorm(NormBase):

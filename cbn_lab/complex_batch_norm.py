@@ -69,16 +69,17 @@ def check_arguments(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
+    alone: bool = True,
 ) -> tuple[Tensor, ...]:
     """The complex tensor or the two real ones, once everything has been found as it must be."""
-    re, _ = split(input)
+    re = part_of(input)
     checks.check_channels(re, channels(re, running_mean, running_covar, weight, bias))
     rows = dict(running_mean=2, running_covar=3, weight=3, bias=2)
     given = (running_mean, running_covar, weight, bias)
     for (name, length), tensor in zip(rows.items(), given, strict=True):
         checks.check_shape(name, tensor, (re.shape[1], length))
     checks.check_statistics_given(training, running_mean=running_mean, running_covar=running_covar)
-    if training:
+    if training and alone:  # with others, what counts is the sum over the ranks
         checks.check_enough_values(re)
     return (input,) if isinstance(input, Tensor) else tuple(input)
 
@@ -88,12 +89,19 @@ def channels(re: Tensor, *given: Tensor | None) -> int:
     return next((len(tensor) for tensor in given if tensor is not None), re.shape[1:2].numel())
 
 
-def split(input: Tensor | Pair) -> Pair:
+def part_of(input: Tensor | Pair) -> Tensor:
+    """One tensor that has the shape and device of the whole, checked to be what it must be."""
     if isinstance(input, (tuple, list)):
         checks.check_pair(*input)
-        return tuple(input)
+        return input[0]
     checks.check_complex(input)
-    return input.real, input.imag
+    return input
+
+
+def split(input: Tensor | Pair) -> Pair:
+    """Real and imaginary part."""
+    part_of(input)
+    return tuple(input) if isinstance(input, (tuple, list)) else (input.real, input.imag)
 
 
 def naive_complex_batch_norm(
@@ -135,14 +143,51 @@ class _ComplexNormBase(NormBase):
     ) -> Complex[Tensor, "N C *spatial"] | Pair:
         """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
         value = input if imag is None else (input, imag)
-        self.check_input(split(value)[0])
+        self.check_input(part_of(value))
         return self.run(type(self).function, value)
+
+    def parameter_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
+        """``dtype=torch.complex64`` asks for float32: parameters and statistics are real."""
+        return dtype.to_real() if dtype is not None and dtype.is_complex else dtype
+
+    def statistics_dtype(self, dtype: torch.dtype) -> torch.dtype:
+        """At least float32: in half precision a covariance overflows where the input is 256."""
+        return torch.promote_types(dtype, torch.float32)
+
+    def _apply(self, fn, recurse=True):
+        """``.to(torch.complex64)`` keeps all real, ``.half()`` the statistics in float32."""
+
+        def real(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.is_complex() and not tensor.is_complex():
+                return tensor.to(moved.device, moved.dtype.to_real())
+            return moved
+
+        before = {name: self._buffers[name] for name in self.initial_statistics}
+        super()._apply(real, recurse)
+        for name, old in before.items():
+            new = self._buffers[name]
+            if new is not None and new.dtype != self.statistics_dtype(new.dtype):
+                self._buffers[name] = old.to(new.device, self.statistics_dtype(new.dtype))
+        return self
 
 
 class _NaiveComplexBatchNorm(_ComplexNormBase):
     function = naive_complex_batch_norm
     initial_parameters = {"weight": (1.0, 1.0), "bias": (0.0, 0.0)}
     initial_statistics = {"running_mean": (0.0, 0.0), "running_var": (1.0, 1.0)}
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """Two real layers, complexPyTorch's ``bn_r`` and ``bn_i``, become our two columns."""
+        for name in (*self.initial_parameters, *self.initial_statistics):
+            keys = [f"{prefix}bn_{part}.{name}" for part in "ri"]
+            if all(key in state_dict for key in keys):
+                columns = [state_dict.pop(key) for key in keys]
+                state_dict[prefix + name] = torch.stack(columns, -1)
+        counts = [state_dict.pop(f"{prefix}bn_{p}.num_batches_tracked", None) for p in "ri"]
+        if counts[0] is not None:
+            state_dict[prefix + "num_batches_tracked"] = counts[0]
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class _ComplexBatchNorm(_ComplexNormBase):
@@ -153,6 +198,13 @@ class _ComplexBatchNorm(_ComplexNormBase):
         "running_mean": (0.0, 0.0),
         "running_covar": (math.sqrt(0.5), math.sqrt(0.5), 0.0),
     }
+
+    def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
+        """complexPyTorch keeps ``running_mean`` as C complex numbers: the same as (C, 2) reals."""
+        mean = state_dict.get(prefix + "running_mean")
+        if mean is not None and mean.is_complex() and mean.shape == (self.num_features,):
+            state_dict[prefix + "running_mean"] = torch.view_as_real(mean.resolve_conj())
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NaiveComplexBatchNorm1d(_NaiveComplexBatchNorm):
@@ -174,18 +226,60 @@ class NaiveComplexBatchNorm3d(_NaiveComplexBatchNorm):
 
 
 class ComplexBatchNorm1d(_ComplexBatchNorm):
-    """Whitening by the 2×2 covariance: complex (N, C) or (N, C, L)."""
+    """Whitening by the 2×2 covariance: complex (N, C) or (N, C, L).
+
+    ``bn(z)`` takes and returns a complex tensor, ``bn(re, im)`` a pair of real ones. Arguments and
+    behaviour are those of ``torch.nn.BatchNorm1d``; ``weight`` is (C, 3), the symmetric Γ as rr,
+    ii, ri; ``bias`` (C, 2); ``running_mean`` (C, 2); ``running_covar`` (C, 3), unbiased, without
+    eps. Trabelsi et al., *Deep Complex Networks*, ICLR 2018, section 3.5.
+
+    Checkpoints of complexPyTorch load. Its running covariance has eps in it already, and is taken
+    as it is: evaluation adds eps as it does there, so that outputs agree; in further training that
+    share fades. Its Γ starts at √2 rather than 1/√2, its momentum and order rr, ii, ri are ours.
+
+    Raises:
+        ValueError: wrong rank, shape or channel count, one value per channel in training.
+        TypeError: a real tensor where a complex one is due.
+    """
 
     ranks = (2, 3)
 
 
 class ComplexBatchNorm2d(_ComplexBatchNorm):
-    """Whitening by the 2×2 covariance: complex (N, C, H, W)."""
+    """Whitening by the 2×2 covariance: complex (N, C, H, W).
+
+    ``bn(z)`` takes and returns a complex tensor, ``bn(re, im)`` a pair of real ones. Arguments and
+    behaviour are those of ``torch.nn.BatchNorm2d``; ``weight`` is (C, 3), the symmetric Γ as rr,
+    ii, ri; ``bias`` (C, 2); ``running_mean`` (C, 2); ``running_covar`` (C, 3), unbiased, without
+    eps. Trabelsi et al., *Deep Complex Networks*, ICLR 2018, section 3.5.
+
+    Checkpoints of complexPyTorch load. Its running covariance has eps in it already, and is taken
+    as it is: evaluation adds eps as it does there, so that outputs agree; in further training that
+    share fades. Its Γ starts at √2 rather than 1/√2, its momentum and order rr, ii, ri are ours.
+
+    Raises:
+        ValueError: wrong rank, shape or channel count, one value per channel in training.
+        TypeError: a real tensor where a complex one is due.
+    """
 
     ranks = (4,)
 
 
 class ComplexBatchNorm3d(_ComplexBatchNorm):
-    """Whitening by the 2×2 covariance: complex (N, C, D, H, W)."""
+    """Whitening by the 2×2 covariance: complex (N, C, D, H, W).
+
+    ``bn(z)`` takes and returns a complex tensor, ``bn(re, im)`` a pair of real ones. Arguments and
+    behaviour are those of ``torch.nn.BatchNorm3d``; ``weight`` is (C, 3), the symmetric Γ as rr,
+    ii, ri; ``bias`` (C, 2); ``running_mean`` (C, 2); ``running_covar`` (C, 3), unbiased, without
+    eps. Trabelsi et al., *Deep Complex Networks*, ICLR 2018, section 3.5.
+
+    Checkpoints of complexPyTorch load. Its running covariance has eps in it already, and is taken
+    as it is: evaluation adds eps as it does there, so that outputs agree; in further training that
+    share fades. Its Γ starts at √2 rather than 1/√2, its momentum and order rr, ii, ri are ours.
+
+    Raises:
+        ValueError: wrong rank, shape or channel count, one value per channel in training.
+        TypeError: a real tensor where a complex one is due.
+    """
 
     ranks = (5,)

@@ -280,16 +280,16 @@ def costs(
     ax: Axes | None = None,
     *,
     xlabel: str,
-    bound: float | None = None,
+    bounds: Mapping[str, float] | None = None,
     decimals: int = 2,
 ) -> Axes:
-    """A bar for the cost of each candidate, beside a bound that none can beat.
+    """A bar for the cost of each candidate, beside the bounds that hold for all.
 
     Args:
         values: {candidate: cost}, drawn from the top in this order.
         ax: where to draw; a new figure where None.
         xlabel: what is counted, with units.
-        bound: drawn as a line across all bars, or None.
+        bounds: {name: cost}, drawn as lines across all bars.
         decimals: of the numbers at the bars and in the text.
     """
     ax, places = _axes(ax), np.arange(len(values))
@@ -301,9 +301,9 @@ def costs(
     ax.margins(x=0.15)
     ax.set(xlabel=xlabel)
     said = ", ".join(f"{name} {label}" for name, label in zip(values, labels, strict=True))
-    if bound is not None:
-        name = f"bound {bound:,.{decimals}f}"
-        ax.axvline(bound, color=PALETTE["vermilion"], ls="--", lw=2, label=name)
+    for (name, bound), (_, line, _) in zip((bounds or {}).items(), SERIES[1:], strict=False):
+        name = f"{name} {bound:,.{decimals}f}"
+        ax.axvline(bound, color=PALETTE["vermilion"], ls=line, lw=2, label=name)
         _legend(ax)
         said += f"; {name}"
     ax.set_label(f"{xlabel}: {said}.")

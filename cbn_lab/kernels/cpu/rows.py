@@ -1,8 +1,7 @@
 """The sweeps where the channels lie side by side, as in channels_last and in (N, C).
 
 A task is done in tiles of so many channels that their sums and maps stay in the first-level cache,
-on the stack, and a few rows at a time, so that each number of a sum or a map is loaded once for
-all of them.
+on the stack.
 """
 
 from llvmlite import ir
@@ -15,7 +14,7 @@ from cbn_lab.kernels.cpu.tools import access, doubles, fast, make_parts, plain
 
 TILE = 256  # channels
 ROWS = 64  # rows summed in the working precision before they go to float64
-TOGETHER = 8  # rows done together
+TOGETHER = 8  # rows summed at a time
 
 
 @intrinsic
@@ -32,8 +31,9 @@ def tile_on_stack(typing, dtype):
 
 
 def vectors(work):
-    """``count`` rows of ``m`` real numbers each, ``pitch`` apart: re im re im ... of the channels.
+    """The arithmetic on rows of ``m`` real numbers, re im re im ... of the channels.
 
+    Sums are taken over ``count`` rows, ``pitch`` apart, so that each is loaded once for them all.
     Tiles hold their numbers in the same order; ``same`` is (rr, ii) and ``other`` (ri, ir) of each
     channel, see :mod:`lanes`.
     """
@@ -79,40 +79,29 @@ def vectors(work):
                 cross[i + 1] += q * u
 
     @fast
-    def affine(x, x_pitch, out, pitch, count, m, k, same, other, b):
+    def affine(x, out, m, k, same, other, b):
         end = m // width * width
         for i in range(0, end, width):
-            centre, straight, across = load(k, i), load(same, i), load(other, i)
-            constant = load(b, i)
-            for j in range(count):
-                u = load(x, j * x_pitch + i) - centre
-                store(out, j * pitch + i, straight * u + (across * swap(u) + constant))
+            u = load(x, i) - load(k, i)
+            store(out, i, load(same, i) * u + (load(other, i) * swap(u) + load(b, i)))
         for i in range(end, m, 2):
-            for j in range(count):
-                u, v = x[j * x_pitch + i] - k[i], x[j * x_pitch + i + 1] - k[i + 1]
-                out[j * pitch + i] = same[i] * u + other[i] * v + b[i]
-                out[j * pitch + i + 1] = other[i + 1] * u + same[i + 1] * v + b[i + 1]
+            u, v = x[i] - k[i], x[i + 1] - k[i + 1]
+            out[i] = same[i] * u + other[i] * v + b[i]
+            out[i + 1] = other[i + 1] * u + same[i + 1] * v + b[i + 1]
 
     @fast
-    def affine_of_both(
-        x, x_pitch, g, g_pitch, out, pitch, count, m, k, same, other, b, p_same, p_other
-    ):  # fmt: skip
+    def affine_of_both(x, g, out, m, k, same, other, b, p_same, p_other):
         end = m // width * width
         for i in range(0, end, width):
-            centre, straight, across = load(k, i), load(same, i), load(other, i)
-            constant, p_straight, p_across = load(b, i), load(p_same, i), load(p_other, i)
-            for j in range(count):
-                u, p = load(x, j * x_pitch + i) - centre, load(g, j * g_pitch + i)
-                through_covar = p_straight * u + (p_across * swap(u) + constant)
-                store(out, j * pitch + i, straight * p + (across * swap(p) + through_covar))
+            u, p = load(x, i) - load(k, i), load(g, i)
+            y = load(p_same, i) * u + (load(p_other, i) * swap(u) + load(b, i))
+            store(out, i, load(same, i) * p + (load(other, i) * swap(p) + y))
         for i in range(end, m, 2):
-            for j in range(count):
-                u, v = x[j * x_pitch + i] - k[i], x[j * x_pitch + i + 1] - k[i + 1]
-                p, q = g[j * g_pitch + i], g[j * g_pitch + i + 1]
-                y = same[i] * p + other[i] * q + b[i]
-                z = other[i + 1] * p + same[i + 1] * q + b[i + 1]
-                out[j * pitch + i] = y + p_same[i] * u + p_other[i] * v
-                out[j * pitch + i + 1] = z + p_other[i + 1] * u + p_same[i + 1] * v
+            u, v = x[i] - k[i], x[i + 1] - k[i + 1]
+            p, q = g[i], g[i + 1]
+            y, z = p_same[i] * u + p_other[i] * v, p_other[i + 1] * u + p_same[i + 1] * v
+            out[i] = same[i] * p + other[i] * q + (y + b[i])
+            out[i + 1] = other[i + 1] * p + same[i + 1] * q + (z + b[i + 1])
 
     return sums, products, affine, affine_of_both
 
@@ -208,15 +197,10 @@ def blocks_interleaved(dtype):
             for c in range(c0, c1, TILE):
                 n = min(TILE, c1 - c)
                 fill(shift, 2, 0, 1, c, n, k)
-                r = top
-                while r < bottom:
+                for r in range(top, bottom, TOGETHER):
                     x, _ = parts(job.x_re, job.x_im, r * pitch + 2 * c)
-                    if bottom - r >= TOGETHER:
-                        sums(x, pitch, TOGETHER, 2 * n, k, total, square, cross)
-                        r += TOGETHER
-                    else:
-                        sums(x, pitch, 1, 2 * n, k, total, square, cross)
-                        r += 1
+                    count = min(TOGETHER, bottom - r)
+                    sums(x, pitch, count, 2 * n, k, total, square, cross)
                 flush(partial, 0, 1, c, n, total)
                 flush(partial, 2, 3, c, n, square)
                 flush(partial, 4, 5, c, n, cross)
@@ -232,18 +216,11 @@ def blocks_interleaved(dtype):
             for c in range(c0, c1, TILE):
                 n = min(TILE, c1 - c)
                 fill(shift, 2, 0, 1, c, n, k)
-                r = top
-                while r < bottom:
+                for r in range(top, bottom, TOGETHER):
                     x, _ = parts(job.x_re, job.x_im, r * pitch + 2 * c)
                     g, _ = parts(job.g_re, job.g_im, r * g_pitch + 2 * c)
-                    if bottom - r >= TOGETHER:
-                        products(
-                            x, pitch, g, g_pitch, TOGETHER, 2 * n, k, total, straight, cross
-                        )  # fmt: skip
-                        r += TOGETHER
-                    else:
-                        products(x, pitch, g, g_pitch, 1, 2 * n, k, total, straight, cross)
-                        r += 1
+                    count = min(TOGETHER, bottom - r)
+                    products(x, pitch, g, g_pitch, count, 2 * n, k, total, straight, cross)
                 flush(partial, 0, 1, c, n, total)
                 flush(partial, 2, 5, c, n, straight)
                 flush(partial, 3, 4, c, n, cross)
@@ -259,16 +236,10 @@ def blocks_interleaved(dtype):
             fill(table, 12, 1, 2, c, n, other)
             fill(table, 12, 4, 5, c, n, b)
             fill(table, 12, 6, 7, c, n, k)
-            r = start
-            while r < end:
+            for r in range(start, end):
                 x, _ = parts(job.x_re, job.x_im, r * pitch + 2 * c)
                 out, _ = parts(job.y_re, job.y_im, r * y_pitch + 2 * c)
-                if end - r >= TOGETHER:
-                    affine(x, pitch, out, y_pitch, TOGETHER, 2 * n, k, same, other, b)
-                    r += TOGETHER
-                else:
-                    affine(x, pitch, out, y_pitch, 1, 2 * n, k, same, other, b)
-                    r += 1
+                affine(x, out, 2 * n, k, same, other, b)
 
     @plain
     def apply_backward(job, table, c0, c1, start, end):
@@ -283,23 +254,11 @@ def blocks_interleaved(dtype):
             fill(table, 12, 6, 7, c, n, k)
             fill(table, 12, 8, 9, c, n, p_same)
             fill(table, 12, 10, 10, c, n, p_other)
-            r = start
-            while r < end:
+            for r in range(start, end):
                 x, _ = parts(job.x_re, job.x_im, r * pitch + 2 * c)
                 g, _ = parts(job.g_re, job.g_im, r * g_pitch + 2 * c)
                 out, _ = parts(job.y_re, job.y_im, r * y_pitch + 2 * c)
-                together = TOGETHER if end - r >= TOGETHER else 1
-                if together == TOGETHER:
-                    affine_of_both(
-                        x, pitch, g, g_pitch, out, y_pitch, TOGETHER, 2 * n,
-                        k, same, other, b, p_same, p_other,
-                    )  # fmt: skip
-                else:
-                    affine_of_both(
-                        x, pitch, g, g_pitch, out, y_pitch, 1, 2 * n,
-                        k, same, other, b, p_same, p_other,
-                    )  # fmt: skip
-                r += together
+                affine_of_both(x, g, out, 2 * n, k, same, other, b, p_same, p_other)
 
     return moments, apply, gram, apply_backward
 
