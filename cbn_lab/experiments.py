@@ -218,27 +218,28 @@ class Results:
     versions: dict[str, str]
     runs: list[Run] = field(default_factory=list)
 
+    def of(self, task: str, circularity: float, method: str) -> list[Run]:
+        """All runs at one point with one method, at any rate and seed."""
+        wanted = Run(task, circularity, method, 0, 0).key[:3]
+        found = (run for run in self.runs if run.method == method and run.task == task)
+        return [run for run in found if run.key[:3] == wanted]
+
     def rate(self, task: str, circularity: float, method: str) -> float:
         """The learning rate of the best mean validation over the tuning seeds."""
-        means = {}
-        for rate in RATES:
-            keys = [Run(task, circularity, method, rate, seed).key for seed in TUNING_SEEDS]
-            found = [run.validation for run in self.runs if run.key in keys]
-            means[rate] = np.mean(found) if len(found) == len(keys) else math.nan
-        if not np.isfinite(list(means.values())).all():
+        found: dict[float, list[float]] = {rate: [] for rate in RATES}
+        for run in self.of(task, circularity, method):
+            if run.seed in TUNING_SEEDS:
+                found[run.rate].append(run.validation)
+        if any(len(values) != len(TUNING_SEEDS) for values in found.values()):
             raise LookupError(f"no complete search of {task!r}, {circularity}, {method!r}")
-        return max(means, key=means.get)
+        return max(found, key=lambda rate: np.mean(found[rate]))
 
     def accuracy(self, task: str, circularity: float, method: str) -> Float[np.ndarray, "seeds"]:
         """Accuracy on the test set, in per cent, by seed, at the learning rate found."""
         rate = self.rate(task, circularity, method)
-        found = {
-            run.seed: 100 * run.test
-            for run in self.runs
-            if run.key == Run(task, circularity, method, rate, run.seed).key
-            and run.seed not in TUNING_SEEDS
-        }
-        return np.array([found[seed] for seed in sorted(found)])
+        runs = [run for run in self.of(task, circularity, method) if run.rate == rate]
+        reported = sorted((run.seed, run.test) for run in runs if run.seed not in TUNING_SEEDS)
+        return np.array([100 * test for _, test in reported])
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:

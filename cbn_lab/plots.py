@@ -16,7 +16,8 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from cbn_lab.complex_batch_norm import complex_batch_norm, moments, naive_complex_batch_norm
+from cbn_lab.complex_batch_norm import complex_batch_norm, naive_complex_batch_norm
+from cbn_lab.kernels.reference import moments
 from cbn_lab.whitening import symmetric
 
 PALETTE = {

@@ -276,7 +276,7 @@ def measure(rounds: int, threads: int, shape: Sequence[int] = SHAPE) -> list[dic
     steps = {"two stock BatchNorm2d": stock_step(z, grad)}
     for name, candidate in candidates(z, weight, bias).items():
         steps[name] = step(candidate, z, weight, bias, grad)
-    found = times(steps, rounds) 
+    found = times(steps, rounds)
     sweep = sweep_time(z)
     found |= {f"{name} sweeps": number * sweep for name, number in dict(five=5, eight=8).items()}
     return [

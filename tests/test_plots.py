@@ -133,7 +133,9 @@ def test_intervals_draws_each_mean_with_its_interval_and_says_it(ax):
 
 
 def test_costs_draws_a_bar_each_and_the_bound(ax):
-    assert plots.costs({"stock": 2.0, "ours": 0.5}, ax, xlabel="ratio", bounds={"bound": 0.25}) is ax
+    assert (
+        plots.costs({"stock": 2.0, "ours": 0.5}, ax, xlabel="ratio", bounds={"bound": 0.25}) is ax
+    )
     assert [bar.get_width() for bar in ax.patches] == [2.0, 0.5]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["stock", "ours"]
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0.25, 0.25])

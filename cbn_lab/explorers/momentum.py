@@ -5,7 +5,8 @@ import traitlets
 from jaxtyping import Float
 from matplotlib.axes import Axes
 from torch import Tensor
-from traitlets import Bytes, Float as FloatTrait, Int
+from traitlets import Bytes, Int
+from traitlets import Float as FloatTrait
 
 from cbn_lab import plots
 from cbn_lab.explorers import base
