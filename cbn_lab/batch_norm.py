@@ -266,7 +266,9 @@ class NormBase(nn.Module):
 
     def average_factor(self) -> float | Tensor:
         """The weight of the batch at hand, which has not been counted yet."""
-        return average_factor(self.momentum, self.num_batches_tracked + 1)
+        if self.momentum is not None:
+            return self.momentum
+        return average_factor(None, self.num_batches_tracked + 1)
 
     def extra_repr(self) -> str:
         return (

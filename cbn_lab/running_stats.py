@@ -32,4 +32,8 @@ def update_(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
     ``no_grad`` is the whole cure of the leak: without it the buffer would take the graph of this
     step along into every later one.
     """
-    running.mul_(1 - factor).add_((batch * factor).to(running.dtype))
+    if isinstance(factor, Tensor):
+        batch, alpha = batch * factor, 1
+    else:
+        alpha = factor
+    running.mul_(1 - factor).add_(batch.to(running.dtype), alpha=alpha)

@@ -23,29 +23,64 @@ class Layout(NamedTuple):
     length: int
     sample: int
     channel: int
-    order: tuple[int, ...]  # the other dimensions from the outermost in memory to the innermost
+    order: tuple[int, ...]  # dimensions that are walked as one, the outermost in memory first
 
 
-def layout(tensor: Tensor) -> Layout | None:
-    """The layout of ``tensor``, or None if it is neither planes nor rows."""
-    shape, strides = tensor.shape, tensor.stride()
+def layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
+    """The layout of a tensor, or None if it is neither planes nor rows, or overlaps itself."""
     n, c = shape[0], shape[1]
-    if tensor.is_contiguous():
-        length = tensor.numel() // (n * c)
-        order = tuple(range(2, len(shape)))
-        if length == 1:
-            return Layout(True, 1, c, n, c, 1, (0, *order))
-        return Layout(False, n, c, length, c * length, length, order)
+    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+        return None
     spatial = sorted(range(2, len(shape)), key=lambda d: (-strides[d], d))
     length, pitch = _walk(shape, strides, spatial)
-    if pitch == 1:
-        return Layout(False, n, c, length, strides[0], strides[1], tuple(spatial))
+    long = tuple(dim for dim in spatial if shape[dim] > 1)
+    if pitch == 1 and length > 1:
+        return Layout(False, n, c, length, strides[0], strides[1], long)
     if strides[1] == 1 or c == 1:
         everything = sorted([0, *spatial], key=lambda d: (-strides[d], d))
         length, pitch = _walk(shape, strides, everything)
-        if pitch is not None and pitch >= c:
-            return Layout(True, 1, c, length, pitch, 1, tuple(everything))
+        if pitch is not None and (pitch >= c or length == 1):
+            long = tuple(dim for dim in everything if shape[dim] > 1)
+            return Layout(True, 1, c, length, pitch, 1, long)
     return None
+
+
+def in_and_out(shape: torch.Size, strides: tuple[int, ...]) -> tuple[Layout, Layout] | None:
+    """The layouts of such an input and of an output like it; None if they cannot be walked as one.
+
+    ``empty_like`` packs a sliced input, which may turn rows with gaps into planes.
+    """
+    given = torch.empty_strided(shape, strides, device="meta")
+    found, fresh = layout(shape, strides), layout(shape, torch.empty_like(given).stride())
+    if found is None or fresh is None or (found.rows, found.order) != (fresh.rows, fresh.order):
+        return None
+    return found, fresh
+
+
+def walkable(tensor: Tensor) -> tuple[Tensor, bool]:
+    """``tensor`` such that :func:`in_and_out` has an answer, copied if need be.
+
+    Also says whether its memory format had to be given up, so that outputs must be copied back.
+    """
+    if in_and_out(tensor.shape, tensor.stride()) is not None:
+        return tensor, False
+    dense = torch.empty_like(tensor).copy_(tensor)
+    if in_and_out(dense.shape, dense.stride()) is not None:
+        return dense, False
+    return tensor.contiguous(memory_format=torch.contiguous_format), True
+
+
+def in_step(tensor: Tensor, model: Tensor) -> Tensor:
+    """``tensor``, copied if its values do not lie exactly as the model's."""
+    if tensor.dtype is model.dtype and tensor.stride() == model.stride():
+        return tensor
+    return torch.empty_strided(
+        model.shape, model.stride(), dtype=model.dtype, device=model.device
+    ).copy_(tensor)
+
+
+def outputs_like(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(parts[0]) for _ in parts)
 
 
 def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple[int, int | None]:
@@ -60,28 +95,3 @@ def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple
             return length, None
         length *= shape[dim]
     return length, 1 if pitch is None else pitch
-
-
-def like(tensor: Tensor, model: Layout, template: Tensor) -> tuple[Tensor, Layout]:
-    """``tensor``, copied if need be, so that a sweep can walk it in step with ``model``."""
-    found = layout(tensor)
-    if found is None or found.rows != model.rows or not _same_order(found, model, tensor):
-        tensor = torch.empty_like(template).copy_(tensor)
-        found = layout(tensor)
-    return tensor, found
-
-
-def _same_order(a: Layout, b: Layout, tensor: Tensor) -> bool:
-    def long(order):
-        return [dim for dim in order if tensor.shape[dim] != 1]
-
-    return a.order == b.order or long(a.order) == long(b.order)
-
-
-def walkable(tensor: Tensor) -> tuple[Tensor, Layout]:
-    """``tensor``, copied if it is neither planes nor rows, with its layout."""
-    found = layout(tensor)
-    if found is None:
-        tensor = tensor.contiguous(memory_format=torch.contiguous_format)
-        found = layout(tensor)
-    return tensor, found

@@ -5,6 +5,7 @@ are returned. In eager mode :class:`Whiten` runs the same code without the dispa
 cost more than the arithmetic of a small layer.
 """
 
+import os
 import warnings
 from importlib import import_module
 from types import ModuleType
@@ -21,7 +22,7 @@ ENGINES = {
     "triton": "cbn_lab.kernels.cuda",
 }
 NATIVE = {"cpu": "numba", "cuda": "triton"}
-_unavailable: dict[str, str] = {}
+_loaded: dict[str, ModuleType] = {"reference": reference}
 
 Parts = tuple[Tensor, ...]  # one complex tensor, or a real and an imaginary one
 
@@ -55,10 +56,9 @@ def whiten(
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing watches or transforms the call: no compiler, no mode, no subclass."""
+    """Whether nothing watches the call: no compiler, no dispatch mode, no subclass."""
     return not (
         torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
         or torch._C._len_torch_dispatch_stack()
         or any(type(t) not in (Tensor, torch.nn.Parameter, type(None)) for t in tensors)
     )
@@ -71,25 +71,26 @@ def check_engine(engine: str, device: str) -> None:
     if engine not in (*ENGINES, "auto"):
         raise ValueError(f"expected engine to be one of auto, {', '.join(ENGINES)}, got {engine!r}")
     needed = {name: device for device, name in NATIVE.items()}.get(engine, device)
-    if needed != device:
+    interpreted = engine == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if needed != device and not interpreted:
         raise ValueError(f"expected input on {needed} for engine={engine!r}, got {device}")
 
 
 def load_engine(name: str) -> ModuleType:
     """The engine called ``name``; the reference, with one warning, where it cannot be loaded."""
-    if name not in _unavailable:
+    if name not in _loaded:
         try:
             module = import_module(ENGINES[name])
             module.check_available()
-            return module
         except Exception as error:  # a missing wheel, a read-only disk, an unknown processor
-            _unavailable[name] = f"{type(error).__name__}: {error}"
             warnings.warn(
-                f"cbn_lab: the {name} engine cannot be loaded ({_unavailable[name]}); "
+                f"cbn_lab: the {name} engine cannot be loaded ({type(error).__name__}: {error}); "
                 "the reference engine is used instead, which is slower",
                 stacklevel=2,
             )
-    return reference
+            module = reference
+        _loaded[name] = module
+    return _loaded[name]
 
 
 def start(parts: Parts, eps: float, engine: str) -> Any:
@@ -98,8 +99,7 @@ def start(parts: Parts, eps: float, engine: str) -> Any:
         return reference.Sweep(parts, eps)
     if engine == "auto":
         engine = NATIVE.get(parts[0].device.type, "reference")
-    module = reference if engine == "reference" else load_engine(engine)
-    return module.Sweep(parts, eps)
+    return load_engine(engine).Sweep(parts, eps)
 
 
 # --- forward and backward ------------------------------------------------------------------
@@ -154,14 +154,19 @@ def values_per_channel(input: Tensor) -> int:
 
 def widened(input: Tensor, imag: Tensor | None) -> Parts:
     """Half precision as float32: sums of squares would overflow, and no engine has it."""
-    parts = (input,) if imag is None else (input, imag)
-    least = torch.complex64 if input.is_complex() else torch.float32
-    parts = tuple(part.resolve_conj().resolve_neg() for part in parts)
-    return tuple(part.to(torch.promote_types(part.dtype, least)) for part in parts)
+    return (wide(input),) if imag is None else (wide(input), wide(imag))
+
+
+def wide(tensor: Tensor) -> Tensor:
+    if tensor.is_conj() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    if tensor.dtype in (torch.complex64, torch.float32, torch.complex128, torch.float64):
+        return tensor
+    return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
 
 
 def narrowed(output: Tensor, input: Tensor) -> Tensor:
-    return output.to(input.dtype)
+    return output if output.dtype is input.dtype else output.to(input.dtype)
 
 
 def second_order(
@@ -214,11 +219,13 @@ class Whiten(torch.autograd.Function):
     """:func:`forward` with :func:`backward`; of the batch only the input is saved."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = forward(*args)
-        remember(ctx, args, output)
-        ctx.mark_non_differentiable(*(output[2:] if args[1] is not None else output[1:]))
-        return output
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return forward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        remember(ctx, inputs, output)
+        ctx.mark_non_differentiable(*(output[2:] if inputs[1] is not None else output[1:]))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -230,9 +237,12 @@ class WhitenBackward(torch.autograd.Function):
     """:func:`backward`, differentiable again."""
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        remember_backward(ctx, args, None)
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
+        remember_backward(ctx, inputs, output)
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -10,13 +10,14 @@ Results do not depend on the number of threads: the work is cut the same way for
 import ctypes
 import functools
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cbn_lab.kernels.cpu import native
 from cbn_lab.kernels.cpu.job import Job
-from cbn_lab.kernels.layout import Layout, like, walkable
+from cbn_lab.kernels.layout import Layout, in_and_out, in_step, outputs_like, walkable
 
 TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, little enough to share
 TASKS = 256  # at most about so many parts: each costs a row of sums
@@ -37,10 +38,10 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
         return compiled.compile_loops(label, dtype is torch.float64, interleaved, rows)
 
     folder = Path(__file__).parent
-    texts = [*sorted(folder.glob("*.py")), folder.parents[1] / "whitening.py"]
+    names = ("job", "tools", "lanes", "algebra", "planes", "rows", "compiled")
+    texts = [*(folder / f"{name}.py" for name in names), folder.parents[1] / "whitening.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in texts)
-    names = [f"{label}.{name}" for name in small + sweeps]
-    found = native.load(names, build, source)
+    found = native.load([f"{label}.{name}" for name in small + sweeps], build, source)
     return {name.split(".")[1]: loop for name, loop in found.items()}
 
 
@@ -49,73 +50,93 @@ def check_available() -> None:
     loops(torch.float32, True, False)
 
 
+class Plan(NamedTuple):
+    """All of a sweep that depends only on shapes and strides; made once and kept."""
+
+    layout: Layout
+    loops: dict[str, native.Loop]
+    job: bytes  # a Job with counts, blocks and strides filled in
+    interleaved: bool
+    step: int  # real numbers from one value to the next
+    size: int  # bytes of a real number
+    slices: int  # rows of partial sums
+    threads: int  # that are worth starting
+
+
+@functools.lru_cache(1024)
+def plan(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, threads: int
+) -> Plan | None:
+    """How to sweep over such a tensor; None if it must be copied first."""
+    both = in_and_out(shape, strides)
+    if both is None:
+        return None
+    found, fresh = both
+    real = dtype.to_real() if dtype.is_complex else dtype
+    step, size = 2 if dtype.is_complex else 1, real.itemsize
+    job = Job(x_sample=step * found.sample, x_channel=step * found.channel)
+    job.g_sample, job.g_channel = job.x_sample, job.x_channel
+    job.y_sample, job.y_channel = step * fresh.sample, step * fresh.channel
+    slices, tasks = cut(job, found, 2 * size)
+    if found.samples * found.channels * found.length * 2 * size <= SERIAL_BYTES:
+        threads = 1
+    code = loops(real, dtype.is_complex, found.rows)
+    return Plan(found, code, bytes(job), dtype.is_complex, step, size, slices, min(tasks, threads))
+
+
+def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
+    """Set the blocks, the same for any number of threads; how many slices and tasks they make."""
+    rows, n, c, length, *_ = found
+    job.samples, job.channels, job.length, job.count = n, c, length, n * length
+    job.sample_block, job.channel_block, job.length_block = 1, c, length
+    if rows:
+        parts = min(TASKS, max(1, length * c * element // TASK_BYTES))
+        job.length_block = -(-length // parts)
+    elif length * element > 4 * TASK_BYTES:  # one channel of one sample is long
+        job.channel_block = 1
+        job.length_block = max(TASK_BYTES // element, length * n // TASKS)
+    else:
+        job.sample_block = min(n, max(1, TASK_BYTES // (c * length * element), n // TASKS))
+        job.channel_block = min(c, max(1, TASK_BYTES // (length * element)))
+    slices = -(-n // job.sample_block) * -(-length // job.length_block)
+    return slices, slices * -(-c // job.channel_block)
+
+
 class Sweep:
     """One call's data, described to the loops."""
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         """``parts``: one complex tensor, or the real and the imaginary one."""
-        first, self.layout = walkable(parts[0])
-        rest = tuple(like(part, self.layout, first)[0] for part in parts[1:])
-        self.parts = (first, *rest)
-        if len(parts) == 2 and rest[0].stride() != first.stride():
-            rest = (
-                torch.empty_strided(first.shape, first.stride(), dtype=first.dtype).copy_(rest[0]),
-            )
-            self.parts = (first, *rest)
-        self.interleaved = first.is_complex()
-        self.step = 2 if self.interleaved else 1
-        self.dtype = first.dtype.to_real() if self.interleaved else first.dtype
-        self.size = self.dtype.itemsize
-        self.loops = loops(self.dtype, self.interleaved, self.layout.rows)
+        first, threads, self.like = parts[0], torch.get_num_threads(), None
+        self.plan = plan(first.shape, first.stride(), first.dtype, threads)
+        if self.plan is None:
+            first, reordered = walkable(first)
+            self.like = parts if reordered else None
+            self.plan = plan(first.shape, first.stride(), first.dtype, threads)
+        self.parts = (first, *(in_step(part, first) for part in parts[1:]))
+        self.job = Job.from_buffer_copy(self.plan.job)
+        self.job.eps = eps
+        self.address = ctypes.addressof(self.job)
         self.keep: list[Tensor] = []
-        self.job = Job(eps=eps)
-        self.threads = self._cut()
-        self._describe("x", self.parts, self.layout)
+        self._place("x", self.parts)
 
-    def _cut(self) -> int:
-        """Set the blocks; the number of threads worth starting."""
-        job, (rows, n, c, length, *_) = self.job, self.layout
-        job.samples, job.channels, job.length = n, c, length
-        job.count = n * length
-        job.channel_block = c
-        element = 2 * self.size
-        if rows:
-            parts = min(TASKS, max(1, length * c * element // TASK_BYTES))
-            job.sample_block, job.length_block = 1, -(-length // parts)
-        else:
-            job.sample_block = min(n, max(1, TASK_BYTES // (c * length * element), n // TASKS))
-            plane = length * element
-            if plane > 4 * TASK_BYTES:
-                job.length_block = max(TASK_BYTES // element, length * n // (16 * TASKS))
-                job.channel_block = 1
-            else:
-                job.length_block = length
-                job.channel_block = min(c, max(1, TASK_BYTES // plane))
-        self.slices = -(-n // job.sample_block) * -(-length // job.length_block)
-        tasks = self.slices * -(-c // job.channel_block)
-        enough = n * c * length * element > SERIAL_BYTES
-        return min(tasks, torch.get_num_threads()) if enough else 1
-
-    def _describe(self, name: str, parts: tuple[Tensor, ...], layout: Layout) -> None:
+    def _place(self, name: str, parts: tuple[Tensor, ...]) -> None:
         start = parts[0].data_ptr()
-        other = start + self.size if self.interleaved else parts[1].data_ptr()
-        job = self.job
-        setattr(job, name + "_re", start)
-        setattr(job, name + "_im", other)
-        setattr(job, name + "_sample", self.step * layout.sample)
-        setattr(job, name + "_channel", self.step * layout.channel)
-        self.keep.extend(parts)
+        other = start + self.plan.size if self.plan.interleaved else parts[1].data_ptr()
+        setattr(self.job, name + "_re", start)
+        setattr(self.job, name + "_im", other)
 
     def _small(self, name: str, tensor: Tensor | None) -> None:
         """Hand over a small tensor as contiguous float64."""
         if tensor is not None:
-            tensor = tensor.detach().to(torch.float64).contiguous()
+            if tensor.dtype is not torch.float64 or not tensor.is_contiguous():
+                tensor = tensor.detach().to(torch.float64).contiguous()
             self.keep.append(tensor)
             setattr(self.job, name, tensor.data_ptr())
 
     def _room(self, *names_and_columns: tuple[str, int]) -> None:
         """Scratch memory, C float64 numbers a column, all of it from one allocation."""
-        c = self.layout.channels
+        c = self.plan.layout.channels
         room = torch.empty(c * sum(k for _, k in names_and_columns), dtype=torch.float64)
         self.keep.append(room)
         at = room.data_ptr()
@@ -124,23 +145,31 @@ class Sweep:
             at += 8 * c * columns
 
     def _run(self, name: str) -> None:
-        self.loops[name](ctypes.addressof(self.job))
+        self.plan.loops[name](self.address)
 
     def _sweep(self, name: str) -> None:
         self.job.counter = 0
-        native.parallel(self.loops[name], ctypes.addressof(self.job), self.threads)
+        native.parallel(self.plan.loops[name], self.address, self.plan.threads)
 
-    def outputs(self) -> tuple[Tensor, ...]:
-        out = tuple(torch.empty_like(part) for part in self.parts)
-        for part in out:
-            native.ask_for_huge_pages(part)
-        return out
+    def _write(self, name: str) -> tuple[Tensor, ...]:
+        """Run the sweep that writes, into fresh tensors with the memory format of what came in."""
+        out = outputs_like(self.parts)
+        if out[0].nbytes > native.HUGE:
+            for part in out:
+                native.ask_for_huge_pages(part)
+        self._place("y", out)
+        self._sweep(name)
+        if self.like is None:
+            return out
+        return tuple(
+            torch.empty_like(old).copy_(new) for old, new in zip(self.like, out, strict=True)
+        )
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        c = self.layout.channels
+        c = self.plan.layout.channels
         mean = torch.empty(c, 2, dtype=torch.float64)
         covar = torch.empty(c, 3, dtype=torch.float64)
-        self._room(("partial", 6 * self.slices), ("shift", 2), ("wide", 1))
+        self._room(("partial", 6 * self.plan.slices), ("shift", 2), ("wide", 1), ("map", 12))
         self._small("mean", mean)
         self._small("covar", covar)
         self._run("guess")
@@ -155,30 +184,26 @@ class Sweep:
     def apply(
         self, mean: Tensor, covar: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        for name, value in dict(mean=mean, covar=covar, weight=weight, bias=bias).items():
-            self._small(name, value)
-        self._room(("map", 12), ("wide", 1))
-        self._run("map_forward")
-        out = self.outputs()
-        self._describe("y", out, walkable(out[0])[1])
-        self._sweep("apply")
-        return out
-
-    def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
-        first, layout = like(grads[0], self.layout, self.parts[0])
-        rest = tuple(like(grad, self.layout, self.parts[0])[0] for grad in grads[1:])
-        if rest and rest[0].stride() != first.stride():
-            first, rest = first.contiguous(), (rest[0].contiguous(),)
-            first, layout = like(first, self.layout, self.parts[0])
-            rest = (like(rest[0], self.layout, self.parts[0])[0],)
-        self._describe("g", (first, *rest), layout)
         self._small("mean", mean)
         self._small("covar", covar)
-        self._room(("partial", 6 * self.slices), ("shift", 2), ("wide", 1), ("map", 12))
+        self._small("weight", weight)
+        self._small("bias", bias)
+        if not self.job.map:
+            self._room(("map", 12), ("wide", 1))
+        self._run("map_forward")
+        return self._write("apply")
+
+    def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
+        grads = tuple(in_step(grad, self.parts[0]) for grad in grads)
+        self.keep.extend(grads)
+        self._place("g", grads)
+        self._small("mean", mean)
+        self._small("covar", covar)
+        self._room(("partial", 6 * self.plan.slices), ("shift", 2), ("wide", 1), ("map", 12))
         self._run("shift_to_mean")
 
     def gram(self) -> tuple[Tensor, Tensor]:
-        c = self.layout.channels
+        c = self.plan.layout.channels
         total = torch.empty(c, 2, dtype=torch.float64)
         product = torch.empty(c, 2, 2, dtype=torch.float64)
         self._small("total", total)
@@ -195,15 +220,14 @@ class Sweep:
         count: int | None,
         need_input: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
-        weight_grad = torch.empty(self.layout.channels, 3, dtype=torch.float64)
-        given = dict(weight=weight, total=total, product=product, weight_grad=weight_grad)
-        for name, value in given.items():
-            self._small(name, value)
+        """Gradients of the input and of the weight; ``count`` None: the statistics were given."""
+        weight_grad = torch.empty(self.plan.layout.channels, 3, dtype=torch.float64)
+        self._small("weight", weight)
+        self._small("total", total)
+        self._small("product", product)
+        self._small("weight_grad", weight_grad)
         self.job.training, self.job.count = (0, 1) if count is None else (1, count)
         self._run("map_backward")
         if not need_input:
             return (), weight_grad
-        out = self.outputs()
-        self._describe("y", out, walkable(out[0])[1])
-        self._sweep("apply_backward")
-        return out, weight_grad
+        return self._write("apply_backward"), weight_grad

@@ -15,6 +15,7 @@ import ctypes
 import functools
 import hashlib
 import os
+import sys
 import tempfile
 import threading
 from collections.abc import Callable
@@ -27,6 +28,7 @@ import torch
 
 _lock = threading.RLock()
 _keep_alive: list[object] = []
+HUGE = 32 << 20  # bytes; the C library takes anything larger fresh from the system
 Loop = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -161,6 +163,8 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
 
 @functools.cache
 def _madvise() -> Callable | None:
+    if not sys.platform.startswith("linux"):
+        return None
     try:
         return ctypes.CDLL(None).madvise
     except (OSError, AttributeError, TypeError):
@@ -173,8 +177,8 @@ def ask_for_huge_pages(tensor: torch.Tensor) -> None:
     Otherwise its first use stops at every 4 KiB for the kernel to supply a page, which takes
     several times as long as the arithmetic. Smaller tensors come from memory in use already.
     """
-    madvise, page, least = _madvise(), 4096, 32 << 20
-    if madvise is not None and tensor.nbytes > least and hasattr(os, "posix_fadvise"):
+    madvise, page = _madvise(), 4096
+    if madvise is not None:
         start = -(-tensor.data_ptr() // page) * page
         length = (tensor.data_ptr() + tensor.nbytes) // page * page - start
         huge_pages = 14  # MADV_HUGEPAGE; a kernel without them answers with an error, no harm done

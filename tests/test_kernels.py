@@ -1,0 +1,392 @@
+"""The operator and its engines: each against float64, and against each other."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+
+import oracle
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from cbn_lab import ComplexBatchNorm2d, kernels
+from cbn_lab import functional as F
+from cbn_lab.kernels import operator
+from cbn_lab.kernels.layout import layout
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def step(z, g, weight, bias, engine="auto", **options):
+    """Output and gradients of one training step."""
+    leaves = [t.detach().clone(memory_format=torch.preserve_format) for t in (z, weight, bias)]
+    leaves = [t.requires_grad_() for t in leaves]
+    y = F.complex_batch_norm(
+        leaves[0], None, None, *leaves[1:], training=True, engine=engine, **options
+    )
+    y.backward(g)
+    return [y.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def close(found, expected, tolerance):
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max()
+
+
+# --- every layout, dtype and option against float64 -------------------------------------------
+
+
+@st.composite
+def batches(draw):
+    """A complex input in some memory layout, contiguous or not."""
+    n, c = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    spatial = draw(st.lists(st.integers(1, 9), max_size=3))
+    if n * torch.Size(spatial).numel() < 2:
+        n += 1
+    dtype = draw(st.sampled_from([torch.complex64, torch.complex128]))
+    shape, kind = (
+        (n, c, *spatial),
+        draw(st.sampled_from(["plain", "permuted", "sliced", "expanded"])),
+    )
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    if kind == "permuted":
+        order = draw(st.permutations(range(len(shape))))
+        z = oracle.correlated(*(shape[d] for d in order), dtype=dtype)
+        z = z.permute([order.index(d) for d in range(len(shape))])
+    elif kind == "sliced":
+        z = oracle.correlated(*(s + 2 for s in shape), dtype=dtype)[
+            tuple(slice(1, -1) for _ in shape)
+        ]
+    elif kind == "expanded":
+        z = oracle.correlated(n, c, *([1] * len(spatial)), dtype=dtype).expand(shape)
+    else:
+        z = oracle.correlated(*shape, dtype=dtype)
+    return z.conj() if draw(st.booleans()) else z
+
+
+@settings(
+    max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    z=batches(),
+    affine=st.booleans(),
+    pair=st.booleans(),
+    eps=st.sampled_from([1e-5, 1e-2, 1.0]),
+    scale=st.sampled_from([1e-2, 1.0, 1e3]),
+)
+def test_any_layout_against_float64(z, affine, pair, eps, scale):
+    z, c = z * scale if scale != 1.0 else z, z.shape[1]
+    weight, bias = (torch.randn(c, 3), torch.randn(c, 2)) if affine else (None, None)
+    value = (z.real, z.imag) if pair else z
+    y = F.complex_batch_norm(value, None, None, weight, bias, training=True, eps=eps)
+    y = torch.complex(*y) if pair else y
+    expected = oracle.complex_batch_norm(z, weight, bias, eps=eps)
+    assert y.dtype == z.dtype
+    limit = 1e-4 if z.dtype == torch.complex64 else 1e-9
+    assert (y - expected.output).abs().max() <= limit * max(1, expected.output.abs().max())
+    g = torch.randn(z.shape, dtype=z.dtype)
+    leaves = [z.detach().clone().requires_grad_() for _ in range(2)]
+    for leaf, engine in zip(leaves, ("auto", "reference"), strict=True):
+        out = F.complex_batch_norm(
+            leaf, None, None, weight, bias, training=True, eps=eps, engine=engine
+        )
+        out.backward(g)
+    close([leaves[0].grad], [leaves[1].grad], limit)
+
+
+SHAPES = [(1, 1, 1, 1000003), (3, 2, 1, 70001), (70000, 2), (5, 700), (300, 33), (9, 5, 7, 9)]
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 70, 40, 41), (2, 3, 2, 2, 2), (2, 3)])
+def test_sizes_at_which_the_work_is_cut(shape, dtype):
+    z, g = oracle.correlated(*shape, dtype=dtype) + 1, torch.randn(shape, dtype=dtype)
+    weight, bias = torch.randn(shape[1], 3), torch.randn(shape[1], 2)
+    formats = [torch.contiguous_format] + [torch.channels_last] * (len(shape) == 4)
+    for kind in formats:
+        z, g = z.contiguous(memory_format=kind), g.contiguous(memory_format=kind)
+        found = step(z, g, weight, bias)
+        assert found[0].stride() == found[1].stride() == z.stride()
+        close(found, step(z, g, weight, bias, engine="reference"), 1e-5)
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+    z, g = oracle.correlated(16, 12, 20, 20), torch.randn(16, 12, 20, 20, dtype=torch.cfloat)
+    weight, bias = torch.randn(12, 3), torch.randn(12, 2)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            results.append(step(z, g, weight, bias))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def test_python_threads_where_there_is_no_openmp(monkeypatch):
+    from cbn_lab.kernels.cpu import native
+
+    z, g = oracle.correlated(16, 12, 20, 20), torch.randn(16, 12, 20, 20, dtype=torch.cfloat)
+    weight, bias = torch.randn(12, 3), torch.randn(12, 2)
+    expected = step(z, g, weight, bias)
+    monkeypatch.setattr(native, "_openmp", lambda: None)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = step(z, g, weight, bias)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_layouts_are_recognised_without_a_copy():
+    z = torch.empty(4, 6, 5, 3)
+    known = {
+        "contiguous": (z, False),
+        "channels_last": (z.to(memory_format=torch.channels_last), True),
+        "some channels": (z[:, 1:4], False),
+        "every other sample": (z[::2], False),
+        "height and width exchanged": (z.transpose(2, 3), False),
+        "samples by channels": (torch.empty(7, 3), True),
+    }
+    for name, (tensor, rows) in known.items():
+        found = layout(tensor.shape, tensor.stride())
+        assert found is not None and found.rows is rows, name
+    for tensor in (z[..., ::2], z[:, :, :1].expand(4, 6, 5, 3), z[:, :, 1:3, :2]):
+        assert layout(tensor.shape, tensor.stride()) is None
+
+
+# --- what torch asks of an operator ------------------------------------------------------------
+
+
+def samples():
+    for pair in (False, True):
+        z = oracle.correlated(3, 2, 2, 3, dtype=torch.complex128)
+        parts = [z.real.clone(), z.imag.clone()] if pair else [z, None]
+        for evaluation in (False, True):
+            given = (
+                [torch.randn(2, 2).double(), torch.tensor([[1.0, 2.0, 0.5]] * 2).double()]
+                if evaluation
+                else [None, None]
+            )
+            yield parts, given
+
+
+def test_opcheck():
+    ops = torch.ops.cbn_lab
+    for parts, given in samples():
+        w, b = torch.randn(2, 3).double(), torch.randn(2, 2).double()
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (*parts, w, b)]
+        args = (*leaves[:2], *given, *leaves[2:], 1e-5, "auto")
+        torch.library.opcheck(ops.complex_batch_norm.default, args)
+        _, _, mean, covar = ops.complex_batch_norm(*args)
+        grads = [None if t is None else torch.randn_like(t).requires_grad_() for t in parts]
+        backward = (*leaves[:2], *grads, mean.detach(), covar.detach(), leaves[2], 1e-5)
+        torch.library.opcheck(
+            ops.complex_batch_norm_backward.default,
+            (*backward, given[0] is None, True, "auto"),
+        )
+
+
+def test_the_operator_and_the_eager_path_are_the_same(monkeypatch):
+    z, g = oracle.correlated(6, 3, 4, 4), torch.randn(6, 3, 4, 4, dtype=torch.cfloat)
+    weight, bias = torch.randn(3, 3), torch.randn(3, 2)
+    eager = step(z, g, weight, bias)
+    calls = []
+    monkeypatch.setattr(operator, "is_plain", lambda *args: calls.append(1))
+    dispatched = step(z, g, weight, bias)
+    assert calls and all(torch.equal(a, b) for a, b in zip(eager, dispatched, strict=True))
+
+
+def test_third_derivative_and_functional_transforms():
+    z = oracle.correlated(3, 2, 2, dtype=torch.complex128)
+
+    def loss(z):
+        y = F.complex_batch_norm(z, None, None, training=True)
+        return (y.abs() ** 4).sum()
+
+    transformed = torch.func.grad(loss)(z)
+    leaf = z.clone().requires_grad_()
+    (plain,) = torch.autograd.grad(loss(leaf), leaf, create_graph=True)
+    torch.testing.assert_close(transformed, plain)
+    second = torch.autograd.grad((plain.abs() ** 2).sum(), leaf, create_graph=True)[0]
+    third = torch.autograd.grad((second.abs() ** 2).sum(), leaf)[0]
+    assert third.isfinite().all() and third.abs().max() > 0
+
+
+@pytest.mark.parametrize("pair", [False, True])
+def test_inductor_compiles_the_layer_without_a_break(pair):
+    if not any(os.access(os.path.join(p, "cc"), os.X_OK) for p in os.get_exec_path()):
+        pytest.skip("torch.compile's default backend needs a C++ compiler")
+    z = oracle.correlated(4, 3, 6, 6)
+    args = (z.real.clone(), z.imag.clone()) if pair else (z,)
+    plain, compiled = ComplexBatchNorm2d(3), ComplexBatchNorm2d(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # complex operators are called, not generated
+        run = torch.compile(lambda *a: compiled(*a), fullgraph=True)
+        out = run(*args)
+    expected = plain(*args)
+    for a, b in zip(out if pair else (out,), expected if pair else (expected,), strict=True):
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(compiled.running_covar, plain.running_covar)
+    assert compiled.num_batches_tracked == 1
+    torch._dynamo.reset()
+
+
+def test_only_the_input_is_saved():
+    for parts in ((torch.randn(8, 16, 8, 8, dtype=torch.cfloat),), torch.randn(2, 8, 16, 8, 8)):
+        parts, saved = tuple(p.requires_grad_() for p in parts), {}
+
+        def pack(tensor, saved=saved):
+            storage = tensor.untyped_storage()
+            saved[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            ComplexBatchNorm2d(16)(*(p * 1 for p in parts))
+        size = 8 * 16 * 8 * 8 * 8
+        assert size <= sum(saved.values()) - 0 <= 1.05 * size
+
+
+# --- precision ------------------------------------------------------------------------------
+
+
+def test_half_precision_is_computed_in_float32():
+    z = oracle.correlated(8, 3, 4, 4, scale=300)  # squares overflow float16
+    bn = ComplexBatchNorm2d(3)
+    y = bn(z.to(torch.complex32).requires_grad_())
+    assert y.dtype == torch.complex32
+    expected = oracle.complex_batch_norm(z, bn.weight).output
+    assert (y.to(torch.complex128) - expected).abs().max() < 1e-2
+    assert bn.running_covar.isfinite().all()
+    for dtype in (torch.float16, torch.bfloat16):
+        re, im = (p.to(dtype).requires_grad_() for p in (z.real, z.imag))
+        out = bn(re, im)
+        assert out[0].dtype == dtype
+        (out[0].float().sum() + out[1].float().square().sum()).backward()
+        assert re.grad.dtype == dtype and im.grad.isfinite().all()
+
+
+def test_statistics_stay_in_full_precision_under_autocast():
+    z, bn = oracle.correlated(8, 3, 4, 4), ComplexBatchNorm2d(3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = bn(z)
+        re, _ = bn(z.real.bfloat16(), z.imag.bfloat16())
+    assert y.dtype == torch.complex64 and re.dtype == torch.bfloat16
+    expected = oracle.complex_batch_norm(z, bn.weight).output.cfloat()
+    torch.testing.assert_close(y, expected)
+    assert bn.running_mean.dtype == bn.running_covar.dtype == torch.float32
+
+
+# --- choice of engine ---------------------------------------------------------------------
+
+
+def test_engines_that_do_not_fit_are_named():
+    z = oracle.correlated(4, 2)
+    with pytest.raises(ValueError, match="auto, reference, numba, triton.*'fast'"):
+        F.complex_batch_norm(z, None, None, training=True, engine="fast")
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        with pytest.raises(ValueError, match="on cuda for engine='triton', got cpu"):
+            F.complex_batch_norm(z, None, None, training=True, engine="triton")
+
+
+def test_an_engine_that_cannot_load_warns_once_and_is_replaced(monkeypatch):
+    def fail():
+        raise OSError("no loops today")
+
+    module = operator.load_engine("numba")
+    monkeypatch.setattr(module, "check_available", fail)
+    monkeypatch.setattr(operator, "_loaded", {"reference": kernels.reference})
+    z = oracle.correlated(4, 2)
+    with pytest.warns(UserWarning, match="numba engine cannot be loaded.*no loops today"):
+        y = F.complex_batch_norm(z, None, None, training=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = F.complex_batch_norm(z, None, None, training=True)
+    torch.testing.assert_close(y, oracle.complex_batch_norm(z).output.cfloat())
+    assert torch.equal(y, again)
+
+
+def run_script(text, **environment):
+    path = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
+    return subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(text)],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+
+
+def test_a_new_process_neither_compiles_nor_imports_numba():
+    F.complex_batch_norm(oracle.correlated(4, 2, 3), None, None, training=True)  # fills the cache
+    script = """
+        import sys, time, torch
+        from cbn_lab import functional as F
+        assert "numba" not in sys.modules and "llvmlite" not in sys.modules
+        z = torch.randn(4, 2, 3, dtype=torch.cfloat)
+        start = time.perf_counter()
+        F.complex_batch_norm(z, None, None, training=True, engine="numba")
+        first = time.perf_counter() - start
+        start = time.perf_counter()
+        F.complex_batch_norm(torch.randn(40, 20, 30, dtype=torch.cfloat), None, None, training=True)
+        print("numba" in sys.modules, first, time.perf_counter() - start)
+    """
+    for _ in range(3):  # the machine may be busy with something else
+        imported, first, other_shape = run_script(script).split()
+        assert imported == "False"
+        if float(first) <= 0.5 and float(other_shape) <= 0.5:
+            return
+    pytest.fail(f"first call {first} s, new shape {other_shape} s")
+
+
+def test_damaged_cache_is_compiled_again(tmp_path):
+    from cbn_lab.kernels.cpu import native
+
+    good = {"loop": ("symbol", b"code")}
+    native._store(tmp_path / "loop.bin", good)
+    data = (tmp_path / "loop.bin").read_bytes()
+    assert native._unpack(data, ["loop"]) == good
+    for bad in (data[:-1], data + b"x", b"", b"\n"):
+        with pytest.raises(ValueError):
+            native._unpack(bad, ["loop"])
+
+
+def test_triton_kernels_in_the_interpreter():
+    out = run_script(
+        """
+        import oracle, torch
+        from cbn_lab.kernels import operator
+        torch.manual_seed(0)
+        re = 3000 * torch.randn(4, 2, 8, 8)
+        inputs = [oracle.correlated(4, 3, 5, 6), oracle.correlated(40, 37) + 1e3,
+                  oracle.correlated(4, 3, 5, 6).to(memory_format=torch.channels_last),
+                  oracle.correlated(4, 3, 5, 6)[:, :, ::2], torch.complex(re, 0.7 * re),
+                  oracle.correlated(4, 3, 5, dtype=torch.complex128)]
+        for z in inputs:
+            g, w, b = torch.randn_like(z), torch.randn(z.shape[1], 3), torch.randn(z.shape[1], 2)
+            for pair in (False, True):
+                x = (z.real.clone(), z.imag.clone()) if pair else (z, None)
+                d = (g.real.clone(), g.imag.clone()) if pair else (g, None)
+                for training in (True, False):
+                    results = []
+                    for engine in ("triton", "reference"):
+                        given = (None, None) if training else results_[2:4]
+                        y = operator.forward(*x, *given, w, b, 1e-5, engine)
+                        results_ = y
+                        results.append(y + operator.backward(
+                            *x, *d, y[2], y[3], w, 1e-5, training, True, engine))
+                    for a, e in zip(*results):
+                        if e.numel():
+                            assert a.dtype == e.dtype and a.shape == e.shape
+                            assert (a - e).abs().max() <= 1e-4 * e.abs().max(), (z.shape, pair)
+        print("same")
+        """,
+        TRITON_INTERPRET="1",
+    )
+    assert out.strip() == "same"
