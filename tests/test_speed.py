@@ -62,6 +62,15 @@ def test_an_own_backward_keeps_the_input_alone():
         assert 1 <= kept < 1.05
 
 
+def test_profile_names_the_operations_and_prints_nothing(capfd):
+    x = torch.zeros(1000)
+    rows, total = speed.profile(lambda: [x * 2 for _ in range(3)])
+    assert ("aten::mul", 3) in [row[:2] for row in rows]
+    assert [row[2] for row in rows] == sorted((row[2] for row in rows), reverse=True)
+    assert total == pytest.approx(sum(row[2] for row in rows))
+    assert capfd.readouterr() == ("", "")
+
+
 def test_the_yardstick_is_two_stock_layers(batch):
     z, _, _, grad = batch
     re, im, *_ = speed.stock_step(z, grad)()

@@ -108,15 +108,12 @@ guess_sweeps.compare("8 to 20" if sweeps < 20 else "20 to 60" if sweeps < 60 els
 
 # %% [markdown]
 # There is the reason, before any clock has run: the arithmetic is small, and the values travel again
-# and again. A **profiler** says the same in time. Which operations are on top?
+# and again. A **profiler** (`torch.profiler`, inside `speed.profile`) says the same in time. Which operations are on top?
 
 # %%
-with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-    step()
-top = sorted(profile.key_averages(), key=lambda event: -event.self_cpu_time_total)[:6]
-total = sum(event.self_cpu_time_total for event in profile.key_averages())
-for event in top:
-    print(f"{event.key:22} {event.count:4} calls  {100 * event.self_cpu_time_total / total:3.0f} % of the time")
+top, total = speed.profile(step)
+for name, calls, microseconds in top[:6]:
+    print(f"{name:14} {calls:4} calls  {100 * microseconds / total:3.0f} % of the time")
 
 # %% [markdown]
 # No single one is to blame: products, sums, copies and means, one after the other over the whole batch.
@@ -330,7 +327,7 @@ found = speed.times(steps, rounds=8, progress=lambda rounds: tqdm(rounds, desc="
 bounds = {"five sweeps": 5 * sweep, "eight sweeps": 8 * sweep}
 
 fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
-plots.costs(found, ax, xlabel="one training step, one thread (ms)", bounds=bounds, decimals=1)
+plots.costs(found, ax, xlabel="one training step on one thread (ms)", bounds=bounds, decimals=1)
 plt.show()
 print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", "\n  "))
 ratio = found["numba"] / found["two stock BatchNorm2d"]
@@ -338,8 +335,11 @@ names = ["slower", "about as fast (within 20 %)", "faster"]
 guess_ratio.compare(names[0 if ratio > 1.2 else 1 if ratio > 0.8 else 2])
 
 # %% [markdown]
-# The longest bars belong to those that move the most bytes; `jit.trace` stays beside the folded form, whose
-# bytes it moves. A bar may even fall below eight sweeps: then the second look found the values in the cache.
+# The formula moves the most bytes and has the longest bar; the loops move the least, and theirs is the
+# shortest. In between it is close: an own backward saves memory for certain, time not always; `jit.trace`
+# stays near the folded form, whose bytes it moves. A bar between the two bounds: the second look found
+# values in the cache. A bar beyond eight sweeps: fresh memory, which the system must supply page by page,
+# and arithmetic.
 #
 # `torch.compile` is missing above. Here are stored figures of a larger batch, with it:
 
@@ -354,7 +354,7 @@ for row in rows:
 fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
 bars = {row["candidate"]: row["ratio"] for row in rows if "sweeps" not in row["candidate"]}
 bounds = {row["candidate"]: row["ratio"] for row in rows if "sweeps" in row["candidate"]}
-plots.costs(bars, ax, xlabel="stored: training step, two stock layers = 1", bounds=bounds)
+plots.costs(bars, ax, xlabel="training step relative to two stock layers (stored)", bounds=bounds)
 plt.show()
 print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", "\n  "))
 
@@ -370,7 +370,8 @@ print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", 
 #   the own backward also brings what is kept for the backward down to the input.
 # - `jit.trace` removes Python, which was not the problem. `torch.compile` fuses, and needs a compiler and
 #   real pairs.
-# - Loops written by hand and compiled by numba (on CUDA by Triton) come to the eight sweeps.
+# - Loops written by hand and compiled by numba (on CUDA by Triton) move eight sweeps, and stand nearest to
+#   the bound.
 #
 # **To think about.** Two stock layers need eight sweeps as well, and yet they are slower than the bound.
 # What else costs time besides memory? And: in evaluation mode there are no sums to collect. How many sweeps
