@@ -422,3 +422,72 @@ def _recorded(row: Any) -> Iterable[tuple[str, str]]:
         "heap_bytes": "host heap",
     }
     return [(name, text) for name, text in fields.items() if getattr(row, name, None) is not None]
+
+
+def intervals(
+    series: Mapping[str, Sequence[tuple[float, float, float]]],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    ylabel: str,
+    zero: bool = False,
+) -> Axes:
+    """Means with their intervals over one quantity, a little apart where series share a place.
+
+    Args:
+        series: {label: rows of (place, mean, half of the interval)}.
+        ax: where to draw; a new figure where None.
+        xlabel, ylabel: with units.
+        zero: draw the line of no difference.
+    """
+    ax, said = _axes(ax), []
+    places = sorted({row[0] for rows in series.values() for row in rows})
+    gap = 0.012 * (places[-1] - places[0]) if len(places) > 1 else 0.02
+    middle = (len(series) - 1) / 2
+    for k, (label, rows) in enumerate(series.items()):
+        (colour, line, marker), (at, mean, half) = SERIES[k % len(SERIES)], np.array(rows).T
+        style = dict(color=colour, ls=line, marker=marker, lw=1.2, elinewidth=1.8, ms=6, capsize=3)
+        ax.errorbar(at + (k - middle) * gap, mean, half, label=label, **style)
+        points = ", ".join(f"{m:.2f} ± {h:.2f} at {x:g}" for x, m, h in rows)
+        said.append(f"{label}: {points}")
+    if zero:
+        ax.axhline(0, color=PALETTE["grey"], lw=1, zorder=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    _legend(ax)
+    ax.set_label(f"{ylabel}, mean and interval. {'; '.join(said)}.")
+    return ax
+
+
+def costs(
+    values: Mapping[str, float],
+    ax: Axes | None = None,
+    *,
+    xlabel: str,
+    bounds: Mapping[str, float] | None = None,
+    decimals: int = 2,
+) -> Axes:
+    """A bar for the cost of each candidate, beside the bounds that hold for all.
+
+    Args:
+        values: {candidate: cost}, drawn from the top in this order.
+        ax: where to draw; a new figure where None.
+        xlabel: what is counted, with units.
+        bounds: {name: cost}, drawn as lines across all bars.
+        decimals: of the numbers at the bars and in the text.
+    """
+    ax, places = _axes(ax), np.arange(len(values))
+    bars = ax.barh(places, list(values.values()), height=0.6, color=PALETTE["blue"])
+    labels = [f"{value:,.{decimals}f}" for value in values.values()]
+    ax.bar_label(bars, labels, padding=4, fontsize="small")
+    ax.set_yticks(places, list(values))
+    ax.invert_yaxis()
+    ax.margins(x=0.15)
+    ax.set(xlabel=xlabel)
+    said = ", ".join(f"{name} {label}" for name, label in zip(values, labels, strict=True))
+    for (name, bound), (_, line, _) in zip((bounds or {}).items(), SERIES[1:], strict=False):
+        name = f"{name} {bound:,.{decimals}f}"
+        ax.axvline(bound, color=PALETTE["vermilion"], ls=line, lw=2, label=name)
+        _legend(ax)
+        said += f"; {name}"
+    ax.set_label(f"{xlabel}: {said}.")
+    return ax

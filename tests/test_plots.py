@@ -185,3 +185,22 @@ def test_without_an_axes_a_new_figure_is_made(name, z):
     ax = getattr(plots, name)(data[name], **more.get(name, {}))
     assert ax.figure.number not in before
     plt.close(ax.figure)
+
+
+def test_intervals_draws_each_mean_with_its_interval_and_says_it(ax):
+    series = {"a": [(0.0, 90.0, 1.0), (1.0, 92.0, 0.5)], "b": [(0.0, 91.0, 2.0), (1.0, 93.0, 1.0)]}
+    assert plots.intervals(series, ax, xlabel="x", ylabel="accuracy (%)", zero=True) is ax
+    ends = [c.lines[2][0].get_segments() for c in ax.containers]
+    np.testing.assert_allclose([segment[:, 1] for segment in ends[0]], [[89, 91], [91.5, 92.5]])
+    assert ends[0][0][0, 0] < 0 < ends[1][0][0, 0]  # side by side, around their place
+    assert "b: 91.00 ± 2.00 at 0, 93.00 ± 1.00 at 1" in ax.get_label()
+
+
+def test_costs_draws_a_bar_each_and_the_bound(ax):
+    assert (
+        plots.costs({"stock": 2.0, "ours": 0.5}, ax, xlabel="ratio", bounds={"bound": 0.25}) is ax
+    )
+    assert [bar.get_width() for bar in ax.patches] == [2.0, 0.5]
+    assert [tick.get_text() for tick in ax.get_yticklabels()] == ["stock", "ours"]
+    np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0.25, 0.25])
+    assert "stock 2.00, ours 0.50; bound 0.25" in ax.get_label()
