@@ -8,6 +8,7 @@ from collections.abc import Sequence
 # name: (module with add_arguments(parser) and main(args) -> exit status, one line of help)
 COMMANDS = {
     "lab": ("cbn_lab.lab", "open JupyterLab at the first notebook"),
+    "bench": ("cbn_lab.bench", "time every complex batch norm at hand against two stock ones"),
 }
 
 
