@@ -9,6 +9,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "lab": ("cbn_lab.lab", "open JupyterLab at the first notebook"),
     "doctor": ("cbn_lab.diagnostics.doctor", "say what makes a training step's memory grow"),
+    "bench": ("cbn_lab.bench", "time every complex batch norm at hand against two stock ones"),
 }
 
 
