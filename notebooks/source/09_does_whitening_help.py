@@ -392,12 +392,12 @@ for text, values in questions.items():
 #
 # - **Normalising helps**, a little: the first interval lies above 0. Without it the largest rates diverge.
 # - **Whitening does not help over naive here.** On average it even comes out a little lower.
-# - **Circularity does not matter.** The third interval holds 0: if whitening had an advantage on
-#   non-circular fields, it would lie above.
+# - **No effect of circularity shows.** The third interval holds 0. An effect smaller than its half-width may
+#   still hide there; a large advantage on non-circular fields would have lifted it.
 #
-# The best check is circularity 1. There the two layers all but agree, as we saw, so it is a **control**: a
-# difference there cannot come from the shape of the clouds. And yet its interval lies below 0, as low as any
-# other. Whatever costs whitening half a point, it costs it on circular data as well. Two suspects: the search
+# The best check is circularity 1. There the clouds are nearly round and the two layers nearly agree, so it is
+# almost a **control**: the shape of the clouds can make little difference. And yet its interval lies below 0,
+# as low as any other. Whatever costs whitening half a point, it costs it on circular data as well. Two suspects: the search
 # found other rates for the two (see above), from three seeds only; and each batch of 50 must now supply one
 # more number per channel, with the noise that 50 values have. We have not tested them;
 # `--batch 200` would be the experiment.
@@ -498,7 +498,7 @@ for pair in [*pairs, ("whitening", "none")]:
 #
 # ## Run it larger
 #
-# Two small networks on one small data set settle nothing for good. The experiment is in the kit, and
+# One small network on one small data set settles nothing for good. The experiment is in the kit, and
 # one command makes a series of your own. It can be broken off and goes on where it stopped:
 #
 # ```
