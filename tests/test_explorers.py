@@ -17,8 +17,8 @@ from torch import nn
 from traitlets import TraitError
 
 from cbn_lab import LeakExplorer, MomentumExplorer, WhiteningExplorer, datasets, inspect_buffers
-from cbn_lab.complex_batch_norm import moments
 from cbn_lab.explorers import base, leak
+from cbn_lab.kernels.reference import moments
 from cbn_lab.specimens import CURES, LEAKS, UPDATES
 from cbn_lab.whitening import whitening_matrix
 

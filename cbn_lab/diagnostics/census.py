@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cbn_lab.diagnostics import graph
+from cbn_lab.diagnostics import graph, storages
 
 
 class _StorageRef(weakref.ref):
@@ -84,13 +84,12 @@ class Census(TorchDispatchMode):
                 yield tensor
 
     def _note(self, tensor: Tensor) -> None:
-        if tensor.layout is not torch.strided or tensor.is_meta:
+        if tensor.layout is not torch.strided:
             return
         if self.device is not None and tensor.device.type != self.device:
             return
-        try:
-            storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):
+        storage = storages.storage_of(tensor)
+        if storage is None:
             return
         key, nbytes = storage._cdata, storage.nbytes()
         known = self._storages.get(key)

@@ -23,14 +23,22 @@ def of_tensor(tensor: Tensor) -> list[Block]:
     return _of_dense(tensor) if tensor.layout is torch.strided else _of_sparse(tensor)
 
 
-def _of_dense(tensor: Tensor) -> list[Block]:
-    if tensor.is_meta:
-        return []
+def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
+    """The memory of a strided tensor; None where it has none to show.
+
+    A compiler's fake tensor says it is on a device, but its storage is on "meta", and has a
+    symbolic size that must not be asked for once the compiler is done.
+    """
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):  # opaque: functorch's wrappers, say
-        return []
-    return [(storage._cdata, storage.nbytes())]
+        return None
+    return None if storage.device.type == "meta" else storage
+
+
+def _of_dense(tensor: Tensor) -> list[Block]:
+    storage = storage_of(tensor)
+    return [] if storage is None else [(storage._cdata, storage.nbytes())]
 
 
 def _of_sparse(tensor: Tensor) -> list[Block]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import cbn_lab
-from cbn_lab.diagnostics import heap
+from cbn_lab.diagnostics import census, heap
 
 
 def test_tensor_bytes_on_cpu_are_exact():
@@ -192,3 +192,16 @@ def test_a_trace_costs_at_most_a_quarter_of_a_step():
     finally:
         torch.set_num_threads(threads)
     assert min(traced) <= 1.25 * min(plain)
+
+
+def test_what_a_compiler_left_behind_is_not_counted():
+    # A fake tensor of symbolic size, as torch.compile keeps them: it has no memory.
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    fake = FakeTensorMode(shape_env=ShapeEnv()).from_tensor(torch.zeros(70_001, 3))
+    with census.Census() as counted:
+        with_fake = counted.tensor_bytes
+        del fake
+        gc.collect()
+        assert counted.tensor_bytes == with_fake > 0
