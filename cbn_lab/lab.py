@@ -9,6 +9,10 @@ from pathlib import Path
 NOTEBOOKS = Path(__file__).resolve().parent.parent / "notebooks"
 # Settings that keep JupyterLab from asking the network for news, and the user whether it may.
 SETTINGS = Path(__file__).resolve().parent / "jupyter"
+# Compiling takes a minute, once per machine: done while the reader reads, and giving way to all.
+WARM_UP = (
+    "import os; getattr(os, 'nice', int)(19); from cbn_lab.kernels.cpu.engine import warm; warm()"
+)
 PASSES_OPTIONS_ON = True  # --no-browser, --port and all others are JupyterLab's
 
 
@@ -32,4 +36,6 @@ def main(args: argparse.Namespace) -> int:
     print(f"cbn-lab: JupyterLab opens {notebooks[0].name}; Ctrl-C twice ends it", flush=True)
     paths = [str(SETTINGS), os.environ.get("JUPYTER_CONFIG_PATH", "")]
     env = dict(os.environ, JUPYTER_CONFIG_PATH=os.pathsep.join(filter(None, paths)))
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    subprocess.Popen([sys.executable, "-c", WARM_UP], **quiet)
     return subprocess.call([*command, *args.rest], env=env)

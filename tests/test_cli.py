@@ -5,10 +5,12 @@ from cbn_lab import cli, lab
 
 
 def test_lab_opens_the_first_notebook_and_passes_options_on(monkeypatch, capsys):
-    commands = []
+    commands, started = [], []
+    monkeypatch.setattr(lab.subprocess, "Popen", lambda command, **_: started.append(command))
     monkeypatch.setattr(lab.subprocess, "call", lambda command, env: commands.append(command) or 0)
     assert cli.main(["lab", "--no-browser", "--port=9999"]) == 0
     (command,) = commands
+    assert started == [[sys.executable, "-c", lab.WARM_UP]]
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
     assert command[3] == str(lab.NOTEBOOKS / "01_running_mean.ipynb")
     assert command[-2:] == ["--no-browser", "--port=9999"]

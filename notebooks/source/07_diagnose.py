@@ -125,7 +125,7 @@ _ = report(loop_with_an_average_of_weights())
 # - The **last** loss is overwritten each time: the graph of one step is alive, never two. It is
 #   *bounded*. Report it, and do not be alarmed.
 # - The **average of the weights** is the leak of this course in another dress: no `no_grad`, and each
-#   average has the last one in its history. It is the most common one in real libraries.
+#   average has the last one in its history. Real libraries have had it.
 #
 # A diagnosis says where it was made and what to write instead:
 

@@ -45,9 +45,15 @@ def lab(folder: Path, theme: str = "JupyterLab Light", root: Path | None = None)
 
     With a ``root`` the notebooks are those of that folder, in a JupyterLab set up the same way.
     """
-    settings = folder / "settings" / "@jupyterlab" / "apputils-extension"
-    settings.mkdir(parents=True)
-    (settings / "themes.jupyterlab-settings").write_text(json.dumps({"theme": theme}))
+    settings = {
+        "apputils-extension/themes": {"theme": theme},
+        # Cells out of sight stay in the page, so that their controls are found.
+        "notebook-extension/tracker": {"windowingMode": "none"},
+    }
+    for name, values in settings.items():
+        path = folder / "settings" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True)
+        path.write_text(json.dumps(values))
     env = dict(
         os.environ,
         JUPYTER_CONFIG_DIR=str(folder / "config"),
@@ -202,11 +208,11 @@ MOVES = {
         VALUE,
     ),
     ".cbn-explorer input[type=checkbox]": (lambda tab, control: control.click(), VALUE),
-    ".jupyter-widgets.widget-radio input[type=radio]:not(:checked)": (
+    ".widget-radio input[type=radio]:not(:checked)": (
         lambda tab, control: control.click(),
         "(element) => String(element.checked)",
     ),
-    ".jupyter-widgets.widget-text input": (lambda tab, control: _type(control, "3"), VALUE),
+    ".widget-text input": (lambda tab, control: _type(control, "3"), VALUE),
     ".jupyter-widgets select, .cbn-explorer select": (lambda tab, control: _choose(control), VALUE),
     ".cbn-explorer button:enabled": (lambda tab, control: control.click(), None),
 }

@@ -50,6 +50,14 @@ def check_available() -> None:
     loops(torch.float32, True, False)
 
 
+def warm() -> None:
+    """Load or compile the loops for every kind of data; about a minute where none is on disk."""
+    for dtype in (torch.float32, torch.float64):
+        for interleaved in (True, False):
+            for rows in (False, True):
+                loops(dtype, interleaved, rows)
+
+
 class Plan(NamedTuple):
     """All of a sweep that depends only on shapes and strides; made once and kept."""
 
