@@ -124,11 +124,15 @@ def set_up(extra: str, cuda: bool) -> None:
     if done[:2] == [place, digest] and (not extra or extra in done):
         return
     if not (PYTHON.exists() and done[:1] == [place]):
+        if VENV.exists() and not STAMP.exists():
+            sys.exit("start: .venv is there, and this script has not made it; move it away")
         say("making .venv")
         try:
             venv.create(VENV, clear=True, with_pip=True, symlinks=os.name != "nt")
         except subprocess.CalledProcessError:
+            shutil.rmtree(VENV, ignore_errors=True)
             sys.exit("start: Python's venv is incomplete here (Debian: apt install python3-venv)")
+        STAMP.write_text("")  # ours, and not yet complete
     pip, env, is_uv = installer()
     install_torch(pip, env, is_uv, cuda or bool(shutil.which("nvidia-smi")))
     say("installing the kit" + (" and its tests" if extra else ""))
@@ -152,10 +156,12 @@ def main() -> int:
         sys.exit(f"start: expected one of {', '.join(COMMANDS)}, got {name!r}")
     extra, command = COMMANDS[name]
     set_up(extra, cuda)
-    try:
-        return run(PYTHON, *command, *words).returncode
-    except KeyboardInterrupt:
-        return 130
+    child = subprocess.Popen([str(PYTHON), *command, *words], cwd=ROOT)
+    while True:
+        try:
+            return child.wait()
+        except KeyboardInterrupt:  # the child has had it too, and decides
+            pass
 
 
 if __name__ == "__main__":

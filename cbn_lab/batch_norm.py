@@ -49,10 +49,12 @@ def batch_norm(
     x = input.to(working_dtype(input.dtype))
     if training:
         mean, var = moments(x)
-        update_running(input, mean, var, running_mean, running_var, momentum)
     else:
         mean, var = running_mean.to(x.dtype), running_var.to(x.dtype)
-    return normalise(x, mean, var, weight, bias, eps).to(input.dtype)
+    output = normalise(x, mean, var, weight, bias, eps).to(input.dtype)
+    if training:  # last of all: what fails above leaves the statistics as they were
+        update_running(input, mean, var, running_mean, running_var, momentum)
+    return output
 
 
 def moments(
@@ -150,7 +152,7 @@ def check_arguments(
     first = next((tensor for tensor in given.values() if tensor is not None), None)
     checks.check_channels(input, input.shape[1:2].numel() if first is None else first.shape[0])
     for name, tensor in given.items():
-        checks.check_shape(name, tensor, (input.shape[1],))
+        checks.check_shape(name, tensor, (input.shape[1],), input.device)
     checks.check_statistics_given(training, running_mean=running_mean, running_var=running_var)
     if training:
         checks.check_enough_values(input)

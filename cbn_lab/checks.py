@@ -77,10 +77,17 @@ def check_channels(input: Tensor, num_features: int) -> None:
         )
 
 
-def check_shape(name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
-    """An absent (None) weight, bias or statistic is allowed; a misshapen one is not."""
+def check_shape(
+    name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device
+) -> None:
+    """An absent (None) weight, bias or statistic is allowed; one of another shape or device, not.
+
+    The device matters most: a compiled engine is handed addresses.
+    """
     if tensor is None:
         return
+    if tensor.device != device:
+        raise ValueError(f"expected {name} on {device}, as the input, got {tensor.device}")
     if not tensor.is_floating_point():
         raise TypeError(f"expected {name} of a real floating-point type, got {tensor.dtype}")
     if tuple(tensor.shape) != shape:

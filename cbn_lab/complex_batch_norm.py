@@ -77,7 +77,7 @@ def check_arguments(
     rows = dict(running_mean=2, running_covar=3, weight=3, bias=2)
     given = (running_mean, running_covar, weight, bias)
     for (name, length), tensor in zip(rows.items(), given, strict=True):
-        checks.check_shape(name, tensor, (re.shape[1], length))
+        checks.check_shape(name, tensor, (re.shape[1], length), re.device)
     checks.check_statistics_given(training, running_mean=running_mean, running_covar=running_covar)
     if training and alone:  # with others, what counts is the sum over the ranks
         checks.check_enough_values(re)
@@ -119,7 +119,7 @@ def naive_complex_batch_norm(
     state = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
     checks.check_channels(parts[0], channels(parts[0], *state.values()))
     for name, tensor in state.items():
-        checks.check_shape(name, tensor, (parts[0].shape[1], 2))
+        checks.check_shape(name, tensor, (parts[0].shape[1], 2), parts[0].device)
     out = (
         batch_norm(
             part,

@@ -103,7 +103,7 @@ class SyncWhiten(torch.autograd.Function):
         ctx.save_for_backward(input, imag, weight, mean, covar)
         ctx.eps, ctx.group, ctx.total = eps, group, total
         ctx.bias_dtype = None if bias is None else bias.dtype
-        counted = torch.tensor(total)
+        counted = torch.tensor(total, device="cpu")
         second = y[1] if imag is not None else input.new_empty(0)
         ctx.mark_non_differentiable(mean, covar, counted, *([second] if imag is None else []))
         return y[0], second, mean, covar, counted

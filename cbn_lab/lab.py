@@ -37,5 +37,13 @@ def main(args: argparse.Namespace) -> int:
     paths = [str(SETTINGS), os.environ.get("JUPYTER_CONFIG_PATH", "")]
     env = dict(os.environ, JUPYTER_CONFIG_PATH=os.pathsep.join(filter(None, paths)))
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    subprocess.Popen([sys.executable, "-c", WARM_UP], **quiet)
-    return subprocess.call([*command, *args.rest], env=env)
+    warming = subprocess.Popen([sys.executable, "-c", WARM_UP], start_new_session=True, **quiet)
+    server = subprocess.Popen([*command, *args.rest], env=env)
+    try:
+        while True:
+            try:
+                return server.wait()
+            except KeyboardInterrupt:  # JupyterLab has had it too, and asks whether it is meant
+                pass
+    finally:
+        warming.terminate()

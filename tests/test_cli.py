@@ -5,12 +5,26 @@ from cbn_lab import cli, lab
 
 
 def test_lab_opens_the_first_notebook_and_passes_options_on(monkeypatch, capsys):
-    commands, started = [], []
-    monkeypatch.setattr(lab.subprocess, "Popen", lambda command, **_: started.append(command))
-    monkeypatch.setattr(lab.subprocess, "call", lambda command, env: commands.append(command) or 0)
+    commands = []
+
+    class Child:
+        interrupts = [KeyboardInterrupt]  # one Ctrl-C: JupyterLab has it too, and decides
+
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def wait(self):
+            if self.interrupts:
+                raise self.interrupts.pop()
+            return 0
+
+        def terminate(self):
+            commands.append("terminated")
+
+    monkeypatch.setattr(lab.subprocess, "Popen", Child)
     assert cli.main(["lab", "--no-browser", "--port=9999"]) == 0
-    (command,) = commands
-    assert started == [[sys.executable, "-c", lab.WARM_UP]]
+    warming, command, end = commands
+    assert warming == [sys.executable, "-c", lab.WARM_UP] and end == "terminated"
     assert command[:3] == [sys.executable, "-m", "jupyterlab"]
     assert command[3] == str(lab.NOTEBOOKS / "01_running_mean.ipynb")
     assert command[-2:] == ["--no-browser", "--port=9999"]

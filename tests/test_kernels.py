@@ -394,3 +394,25 @@ def test_triton_kernels_in_the_interpreter():
         TRITON_INTERPRET="1",
     )
     assert out.strip() == "same"
+
+
+@pytest.mark.parametrize("where", ["statistics", "weight"])
+def test_state_on_another_device_is_named_and_never_read(where):
+    bn = ComplexBatchNorm2d(3)
+    z = torch.randn(4, 3, 5, 5, dtype=torch.cfloat)
+    if where == "weight":
+        bn.weight = torch.nn.Parameter(bn.weight.detach().to("meta"))
+    else:
+        bn = bn.to("meta").eval()
+    with pytest.raises(ValueError, match="expected .* on cpu, as the input, got meta"):
+        bn(z)
+
+
+def test_a_default_device_does_not_move_the_engines_own_memory():
+    z = torch.randn(4, 3, 5, 5, dtype=torch.cfloat, requires_grad=True)
+    bn = ComplexBatchNorm2d(3)
+    expected = ComplexBatchNorm2d(3)(z)
+    with torch.device("meta"):
+        y = bn(z)
+        y.abs().sum().backward()
+    torch.testing.assert_close(y, expected)

@@ -15,6 +15,7 @@ def start(monkeypatch, tmp_path):
     spec = importlib.util.spec_from_file_location("start", ROOT / "start.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "VENV", tmp_path / ".venv")
     monkeypatch.setattr(module, "STAMP", tmp_path / "stamp")
     return module
 
@@ -98,13 +99,13 @@ def test_a_reachable_index_of_cpu_builds_is_used(start, calls, monkeypatch, is_u
     assert calls == [["pip", "install", *start.CONSTRAINTS, "torch", *expected]]
 
 
-def test_a_failed_installation_says_so_and_leaves_no_stamp(start, calls, monkeypatch):
+def test_a_failed_installation_says_so_and_is_not_taken_for_done(start, calls, monkeypatch):
     monkeypatch.setattr(start, "installer", lambda: (["pip", "install"], {}, False))
     monkeypatch.setattr(start.venv, "create", lambda *args, **options: None)
     calls.answer = answer("", returncode=1)
     with pytest.raises(SystemExit, match="could not be installed"):
         start.set_up("", cuda=False)
-    assert not start.STAMP.exists()
+    assert start.STAMP.read_text() == ""  # ours, but not complete: the next start begins anew
 
 
 def test_a_second_start_installs_nothing_and_tests_add_their_extra(start, calls, monkeypatch):
@@ -133,3 +134,11 @@ def test_an_old_python_is_told_so(start, monkeypatch):
     monkeypatch.setattr(start.sys, "version_info", (3, 9, 1))
     with pytest.raises(SystemExit, match=r"Python 3\.10 or newer"):
         start.main()
+
+
+def test_a_venv_of_the_users_own_is_not_deleted(start, calls):
+    start.VENV.mkdir()
+    (start.VENV / "precious").touch()
+    with pytest.raises(SystemExit, match="has not made"):
+        start.set_up("", cuda=False)
+    assert (start.VENV / "precious").exists() and calls == []

@@ -22,6 +22,8 @@ LEAST_STEPS = 6
 LEAST_PLAIN_BYTES = 1024
 # A clean loop moves the heap by less, and not at every step.
 LEAST_HEAP_BYTES = 1024
+LEAST_HEAP_STEPS = 9  # untraced ones: the trend looks at the second half of them
+LEAST_STEPS_WITH_HEAP = 11
 UNKNOWN = "(not reachable)"
 
 
@@ -214,6 +216,12 @@ class _Trial:
         verdicts = {finding.verdict for finding in findings}
         verdict = next((v for v in ("growing", "bounded") if v in verdicts), "clean")
         notes = [] if self._complete else ["there were too many objects to look at all of them"]
+        if heap.kind != "malloc":
+            notes.append("the heap was not judged: this system tells only the resident memory")
+        elif len(self._heap) < LEAST_HEAP_STEPS:
+            notes.append(
+                f"the heap was not judged: that takes {LEAST_STEPS_WITH_HEAP} steps or more"
+            )
         return Diagnosis(
             verdict,
             findings,

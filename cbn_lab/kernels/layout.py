@@ -45,13 +45,26 @@ def layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
     return None
 
 
+def is_dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether the values fill their memory without gaps and overlaps: ``empty_like`` keeps that."""
+    expected = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
 def in_and_out(shape: torch.Size, strides: tuple[int, ...]) -> tuple[Layout, Layout] | None:
     """The layouts of such an input and of an output like it; None if they cannot be walked as one.
 
     ``empty_like`` packs a sliced input, which may turn rows with gaps into planes.
     """
-    given = torch.empty_strided(shape, strides, device="meta")
-    found, fresh = layout(shape, strides), layout(shape, torch.empty_like(given).stride())
+    found = fresh = layout(shape, strides)
+    if not is_dense(shape, strides):  # asked of a meta tensor, which imports sympy: 2 s
+        given = torch.empty_strided(shape, strides, device="meta")
+        fresh = layout(shape, torch.empty_like(given).stride())
     if found is None or fresh is None or (found.rows, found.order) != (fresh.rows, fresh.order):
         return None
     return found, fresh

@@ -129,7 +129,7 @@ _ = report(loop_with_an_average_of_weights())
 #
 # A diagnosis says where it was made and what to write instead:
 
-# %%
+# %% tags=["nbval-check-output"]
 finding = diagnose(loop_with_an_average_of_weights()).findings[0]
 print("path:  ", finding.path)
 print("advice:", finding.advice)

@@ -145,7 +145,9 @@ class Sweep:
     def _room(self, *names_and_columns: tuple[str, int]) -> None:
         """Scratch memory, C float64 numbers a column, all of it from one allocation."""
         c = self.plan.layout.channels
-        room = torch.empty(c * sum(k for _, k in names_and_columns), dtype=torch.float64)
+        room = torch.empty(
+            c * sum(k for _, k in names_and_columns), dtype=torch.float64, device="cpu"
+        )
         self.keep.append(room)
         at = room.data_ptr()
         for name, columns in names_and_columns:
@@ -175,8 +177,8 @@ class Sweep:
 
     def moments(self) -> tuple[Tensor, Tensor]:
         c = self.plan.layout.channels
-        mean = torch.empty(c, 2, dtype=torch.float64)
-        covar = torch.empty(c, 3, dtype=torch.float64)
+        mean = torch.empty(c, 2, dtype=torch.float64, device="cpu")
+        covar = torch.empty(c, 3, dtype=torch.float64, device="cpu")
         self._room(("partial", 6 * self.plan.slices), ("shift", 2), ("wide", 1), ("map", 12))
         self._small("mean", mean)
         self._small("covar", covar)
@@ -212,8 +214,8 @@ class Sweep:
 
     def gram(self) -> tuple[Tensor, Tensor]:
         c = self.plan.layout.channels
-        total = torch.empty(c, 2, dtype=torch.float64)
-        product = torch.empty(c, 2, 2, dtype=torch.float64)
+        total = torch.empty(c, 2, dtype=torch.float64, device="cpu")
+        product = torch.empty(c, 2, 2, dtype=torch.float64, device="cpu")
         self._small("total", total)
         self._small("product", product)
         self._sweep("gram")
@@ -229,7 +231,7 @@ class Sweep:
         need_input: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Gradients of the input and of the weight; ``count`` None: the statistics were given."""
-        weight_grad = torch.empty(self.plan.layout.channels, 3, dtype=torch.float64)
+        weight_grad = torch.empty(self.plan.layout.channels, 3, dtype=torch.float64, device="cpu")
         self._small("weight", weight)
         self._small("total", total)
         self._small("product", product)

@@ -46,11 +46,20 @@ def load(names: list[str], build: Callable[[], dict[str, tuple[str, bytes]]], so
     with _lock:
         path = cache_folder() / f"{names[0]}-{_key(source)}.bin"
         try:
-            compiled = _unpack(path.read_bytes(), names)
+            return _loops(_unpack(path.read_bytes(), names))
         except (OSError, ValueError):
             compiled = build()
             _store(path, compiled)
-        return {name: Loop(_address(*compiled[name])) for name in names}
+        return _loops(compiled)
+
+
+def _loops(compiled: dict[str, tuple[str, bytes]]) -> dict[str, Loop]:
+    """Callables for the object code, which has an engine to itself.
+
+    numba numbers its symbols anew in each process, so two files may use the same ones.
+    """
+    engine = _engine()
+    return {name: Loop(_address(engine, *code)) for name, code in compiled.items()}
 
 
 def cache_folder() -> Path:
@@ -79,7 +88,7 @@ def _store(path: Path, compiled: dict[str, tuple[str, bytes]]) -> None:
     """One line of names, symbols and lengths, a checksum, and the object files end to end."""
     blob = b"".join(code for _, code in compiled.values())
     rows = [f"{name} {symbol} {len(code)}" for name, (symbol, code) in compiled.items()]
-    head = ";".join([*rows, hashlib.sha256(blob).hexdigest()])
+    head = ";".join([*rows, _checksum(rows, blob)])
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(dir=path.parent)
@@ -90,10 +99,14 @@ def _store(path: Path, compiled: dict[str, tuple[str, bytes]]) -> None:
         pass  # nowhere to write: compiled again next time
 
 
+def _checksum(rows: list[str], blob: bytes) -> str:
+    return hashlib.sha256(";".join(rows).encode() + blob).hexdigest()
+
+
 def _unpack(data: bytes, names: list[str]) -> dict[str, tuple[str, bytes]]:
     head, _, blob = data.partition(b"\n")
     *rows, checksum = head.decode().split(";")
-    if hashlib.sha256(blob).hexdigest() != checksum:
+    if _checksum(rows, blob) != checksum:
         raise ValueError("damaged file")
     compiled, start = {}, 0
     for row in rows:
@@ -106,7 +119,7 @@ def _unpack(data: bytes, names: list[str]) -> dict[str, tuple[str, bytes]]:
 
 
 @functools.cache
-def _engine() -> llvm.ExecutionEngine:
+def _initialise() -> None:
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     # What numba's error handling would call. Our loops raise nothing, so it is never reached, but
@@ -114,12 +127,17 @@ def _engine() -> llvm.ExecutionEngine:
     abort = ctypes.cast(ctypes.pythonapi.Py_FatalError, ctypes.c_void_p).value
     for symbol in ("numba_gil_ensure", "numba_gil_release", "NRT_MemInfo_call_dtor"):
         llvm.add_symbol(symbol, abort)
+
+
+def _engine() -> llvm.ExecutionEngine:
+    _initialise()
     machine = llvm.Target.from_default_triple().create_target_machine(jit=True)
-    return llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    engine = llvm.create_mcjit_compiler(llvm.parse_assembly(""), machine)
+    _keep_alive.append(engine)
+    return engine
 
 
-def _address(symbol: str, code: bytes) -> int:
-    engine = _engine()
+def _address(engine: llvm.ExecutionEngine, symbol: str, code: bytes) -> int:
     file = llvm.ObjectFileRef.from_data(code)
     _keep_alive.append(file)
     engine.add_object_file(file)
