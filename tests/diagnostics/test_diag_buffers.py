@@ -121,11 +121,11 @@ def test_inspecting_changes_nothing():
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
 
 
-def test_what_was_walked_is_freed_once_nothing_holds_it():
+def test_what_was_walked_is_freed_once_nothing_holds_it(others):
     net = train(leaky_net(), 50)
     cbn_lab.inspect_buffers(net)
-    held = len(graph.keeper.nodes)
+    held = len(graph.keeper.nodes) - others
     assert graph.release() == 0  # the buffers still hold it all
     del net
-    assert graph.release() == held
-    assert not graph.keeper.nodes
+    assert graph.release() == held > 0
+    assert len(graph.keeper.nodes) == others
