@@ -8,17 +8,19 @@ import argparse
 import csv
 import importlib
 import math
-import shutil
 import statistics
 import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from cbn_lab.speed import has_compiler, saved_bytes
 
 SHAPES = [(8, 16, 8, 8), (32, 32, 16, 16), (32, 64, 32, 32), (4096, 512), (32, 256, 64, 64)]
 QUICK = [(8, 16, 8, 8), (16, 32, 16, 16)]
@@ -90,7 +92,7 @@ def run_shape(shape: tuple[int, ...], threads: int, args: argparse.Namespace) ->
     element = 8 * math.prod(shape)
     rounds = args.rounds or max(4, min(60, (5 if args.quick else 20) * (1 << 24) // element))
     for candidate in found:
-        candidate.saved = saved_bytes(candidate)
+        candidate.saved = saved_bytes(partial(candidate.forward, *candidate.inputs))
     for _ in range(rounds + 1):
         for candidate in found:
             time_step(candidate, args.device)
@@ -114,7 +116,7 @@ def candidates(shape: tuple[int, ...], args: argparse.Namespace):
         return
     yield make.naive()
     yield make.thread()
-    if shutil.which("cc") or shutil.which("gcc") or shutil.which("cl") or args.device == "cuda":
+    if has_compiler() or args.device == "cuda":
         yield make.thread(compiled=True)
     else:
         print("bench: skipped torch.compile(the thread's formula): no C++ compiler here")
@@ -290,21 +292,6 @@ def time_by_events(candidate: Candidate) -> tuple[float, float]:
     marks[2].record()
     torch.cuda.synchronize()
     return marks[0].elapsed_time(marks[1]) / 1e3, marks[0].elapsed_time(marks[2]) / 1e3
-
-
-def saved_bytes(candidate: Candidate) -> int:
-    """What autograd keeps between forward and backward, each storage once."""
-    storages: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = candidate.forward(*candidate.inputs)
-    del out
-    return sum(storages.values())
 
 
 def row(c: Candidate, stock: Candidate, shape: tuple[int, ...], threads: int, element: int) -> dict:
