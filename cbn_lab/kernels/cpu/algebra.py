@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray
 
 from cbn_lab import whitening
-from cbn_lab.kernels.cpu.tools import ceil_divide, doubles, plain
+from cbn_lab.kernels.cpu.tools import ceil_divide, doubles, plain, table
 
 roots = plain(whitening.roots)
 inverse_root = plain(whitening.inverse_root)
@@ -20,6 +20,18 @@ def is_wide(rr, ii, ri, eps):
     return product - ri * ri < 0.01 * product
 
 
+@plain
+def add_up(job):
+    """The sums of all parts, in the place of the first: six rows of C numbers."""
+    parts = ceil_divide(job.samples, job.sample_block) * ceil_divide(job.length, job.length_block)
+    size = 6 * job.channels
+    partial = table(job.partial, parts, size)
+    for part in range(1, parts):
+        for i in range(size):
+            partial[0, i] += partial[part, i]
+    return table(job.partial, 6, job.channels)
+
+
 def finish_moments(pointer_to_job):
     """Mean and covariance from the sums; marks the channels whose sums float32 could not hold.
 
@@ -28,45 +40,35 @@ def finish_moments(pointer_to_job):
     """
     job = carray(pointer_to_job, (1,))[0]
     c_all, count = job.channels, job.count
-    parts = ceil_divide(job.samples, job.sample_block) * ceil_divide(job.length, job.length_block)
-    partial = doubles(job.partial, parts * c_all * 6)
-    shift, wide = doubles(job.shift, 2 * c_all), doubles(job.wide, c_all)
+    sums, shift, wide = add_up(job), table(job.shift, 2, c_all), doubles(job.wide, c_all)
     mean, covar = doubles(job.mean, 2 * c_all), doubles(job.covar, 3 * c_all)
     for c in range(c_all):
         if job.only_wide and wide[c] == 0.0:
             continue
-        m_re = m_im = rr = ii = ri = 0.0
-        for p in range(parts):
-            at = 6 * (p * c_all + c)
-            m_re += partial[at]
-            m_im += partial[at + 1]
-            rr += partial[at + 2]
-            ii += partial[at + 3]
-            ri += partial[at + 4]
-        m_re, m_im = m_re / count, m_im / count
-        rr, ii = rr / count - m_re * m_re, ii / count - m_im * m_im
-        ri = ri / count - m_re * m_im
+        m_re, m_im = sums[0, c] / count, sums[1, c] / count
+        rr, ii = sums[2, c] / count - m_re * m_re, sums[3, c] / count - m_im * m_im
+        ri = sums[4, c] / count - m_re * m_im
         rr, ii = 0.0 if rr < 0 else rr, 0.0 if ii < 0 else ii
-        mean[2 * c], mean[2 * c + 1] = shift[2 * c] + m_re, shift[2 * c + 1] + m_im
+        mean[2 * c], mean[2 * c + 1] = shift[0, c] + m_re, shift[1, c] + m_im
         covar[3 * c], covar[3 * c + 1], covar[3 * c + 2] = rr, ii, ri
         if not job.only_wide:
             far = m_re * m_re > 16 * rr or m_im * m_im > 16 * ii
             wide[c] = 1.0 if far or is_wide(rr, ii, ri, job.eps) else 0.0
             if wide[c] != 0.0:
-                shift[2 * c], shift[2 * c + 1] = mean[2 * c], mean[2 * c + 1]
+                shift[0, c], shift[1, c] = mean[2 * c], mean[2 * c + 1]
                 job.wide_found += 1
 
 
 def map_forward(pointer_to_job):
     """y = A·(x − centre) + b with A = Γ·R; what the centre leaves of the mean is in b.
 
-    A row of the map: A rr, ri, ir, ii; b re, im; centre re, im.
+    The rows of the map: centre re, im; A rr, ii, ri, ir; b re, im; others unused.
     """
     job = carray(pointer_to_job, (1,))[0]
     c_all = job.channels
     mean, covar = doubles(job.mean, 2 * c_all), doubles(job.covar, 3 * c_all)
     weight, bias = doubles(job.weight, 3 * c_all), doubles(job.bias, 2 * c_all)
-    table, wide = doubles(job.map, 12 * c_all), doubles(job.wide, c_all)
+    row, wide = table(job.map, 12, c_all), doubles(job.wide, c_all)
     for c in range(c_all):
         rr, ii, ri = covar[3 * c], covar[3 * c + 1], covar[3 * c + 2]
         s, t = roots(rr, ii, ri, job.eps, math.sqrt)
@@ -84,32 +86,22 @@ def map_forward(pointer_to_job):
         a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
         a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
         d_re, d_im = mean[2 * c] - k_re, mean[2 * c + 1] - k_im
-        row = table[12 * c : 12 * c + 12]
-        row[0], row[1], row[2], row[3] = a_rr, a_ri, a_ir, a_ii
-        row[4] = b_re - (a_rr * d_re + a_ri * d_im)
-        row[5] = b_im - (a_ir * d_re + a_ii * d_im)
-        row[6], row[7] = k_re, k_im
+        row[0, c], row[1, c] = k_re, k_im
+        row[2, c], row[3, c], row[4, c], row[5, c] = a_rr, a_ii, a_ri, a_ir
+        row[6, c] = b_re - (a_rr * d_re + a_ri * d_im)
+        row[7, c] = b_im - (a_ir * d_re + a_ii * d_im)
 
 
 def finish_gram(pointer_to_job):
     """Σ g and G = Σ g·(x − μ)ᵀ from the sums about the shift."""
     job = carray(pointer_to_job, (1,))[0]
     c_all = job.channels
-    parts = ceil_divide(job.samples, job.sample_block) * ceil_divide(job.length, job.length_block)
-    partial, shift = doubles(job.partial, parts * c_all * 6), doubles(job.shift, 2 * c_all)
-    mean = doubles(job.mean, 2 * c_all)
+    sums, shift, mean = add_up(job), table(job.shift, 2, c_all), doubles(job.mean, 2 * c_all)
     total, product = doubles(job.total, 2 * c_all), doubles(job.product, 4 * c_all)
     for c in range(c_all):
-        t_re = t_im = rr = ri = ir = ii = 0.0
-        for p in range(parts):
-            at = 6 * (p * c_all + c)
-            t_re += partial[at]
-            t_im += partial[at + 1]
-            rr += partial[at + 2]
-            ri += partial[at + 3]
-            ir += partial[at + 4]
-            ii += partial[at + 5]
-        d_re, d_im = mean[2 * c] - shift[2 * c], mean[2 * c + 1] - shift[2 * c + 1]
+        t_re, t_im = sums[0, c], sums[1, c]
+        rr, ii, ri, ir = sums[2, c], sums[3, c], sums[4, c], sums[5, c]
+        d_re, d_im = mean[2 * c] - shift[0, c], mean[2 * c + 1] - shift[1, c]
         total[2 * c], total[2 * c + 1] = t_re, t_im
         product[4 * c], product[4 * c + 1] = rr - t_re * d_re, ri - t_re * d_im
         product[4 * c + 2], product[4 * c + 3] = ir - t_im * d_re, ii - t_im * d_im
@@ -120,25 +112,25 @@ def shift_to_mean(pointer_to_job):
     job = carray(pointer_to_job, (1,))[0]
     c_all = job.channels
     mean, covar = doubles(job.mean, 2 * c_all), doubles(job.covar, 3 * c_all)
-    shift, wide = doubles(job.shift, 2 * c_all), doubles(job.wide, c_all)
+    shift, wide = table(job.shift, 2, c_all), doubles(job.wide, c_all)
     for c in range(c_all):
         wide[c] = 1.0 if is_wide(covar[3 * c], covar[3 * c + 1], covar[3 * c + 2], job.eps) else 0.0
         for k in range(2):
             at = mean[2 * c + k]
-            shift[2 * c + k] = float(np.float32(at)) if wide[c] == 0.0 else at
+            shift[k, c] = float(np.float32(at)) if wide[c] == 0.0 else at
 
 
 def map_backward(pointer_to_job):
     """x̄ = Aᵀ·g + P·(x − shift) + c with P = (2/M)·V̄, and Γ̄.
 
-    A row of the map: Aᵀ rr, ri, ir, ii; c re, im; shift re, im; P rr, ii, ri.
+    The rows of the map: shift re, im; Aᵀ rr, ii, ri, ir; c re, im; P rr, ii, ri, ri.
     """
     job = carray(pointer_to_job, (1,))[0]
     c_all, m = job.channels, job.count
     covar, weight = doubles(job.covar, 3 * c_all), doubles(job.weight, 3 * c_all)
     total, product = doubles(job.total, 2 * c_all), doubles(job.product, 4 * c_all)
-    mean, shift = doubles(job.mean, 2 * c_all), doubles(job.shift, 2 * c_all)
-    table, weight_grad = doubles(job.map, 12 * c_all), doubles(job.weight_grad, 3 * c_all)
+    mean, shift = doubles(job.mean, 2 * c_all), table(job.shift, 2, c_all)
+    row, weight_grad = table(job.map, 12, c_all), doubles(job.weight_grad, 3 * c_all)
     for c in range(c_all):
         rr, ii, ri = covar[3 * c], covar[3 * c + 1], covar[3 * c + 2]
         s, t = roots(rr, ii, ri, job.eps, math.sqrt)
@@ -163,15 +155,14 @@ def map_backward(pointer_to_job):
             v_rr, v_ii, v_ri = congruence(r_rr, r_ii, r_ri, u_rr, u_ii, u_ri)
             p_rr, p_ii = -(u_rr + s * v_rr) / (t * m), -(u_ii + s * v_ii) / (t * m)
             p_ri = -(u_ri + s * v_ri) / (t * m)
-            d_re, d_im = mean[2 * c] - shift[2 * c], mean[2 * c + 1] - shift[2 * c + 1]
+            d_re, d_im = mean[2 * c] - shift[0, c], mean[2 * c + 1] - shift[1, c]
             t_re, t_im = total[2 * c] / m, total[2 * c + 1] / m
             c_re = -(a_rr * t_re + a_ir * t_im) - (p_rr * d_re + p_ri * d_im)
             c_im = -(a_ri * t_re + a_ii * t_im) - (p_ri * d_re + p_ii * d_im)
-        row = table[12 * c : 12 * c + 12]
-        row[0], row[1], row[2], row[3] = a_rr, a_ir, a_ri, a_ii
-        row[4], row[5] = c_re, c_im
-        row[6], row[7] = shift[2 * c], shift[2 * c + 1]
-        row[8], row[9], row[10] = p_rr, p_ii, p_ri
+        row[0, c], row[1, c] = shift[0, c], shift[1, c]
+        row[2, c], row[3, c], row[4, c], row[5, c] = a_rr, a_ii, a_ir, a_ri
+        row[6, c], row[7, c] = c_re, c_im
+        row[8, c], row[9, c], row[10, c], row[11, c] = p_rr, p_ii, p_ri, p_ri
 
 
 SMALL = (finish_moments, map_forward, finish_gram, shift_to_mean, map_backward)

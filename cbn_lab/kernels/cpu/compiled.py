@@ -15,7 +15,7 @@ import numpy as np
 from numba import carray
 
 from cbn_lab.kernels.cpu import algebra, planes, rows
-from cbn_lab.kernels.cpu.tools import SIGNATURE, bounds, doubles, next_task, tasks
+from cbn_lab.kernels.cpu.tools import SIGNATURE, bounds, doubles, next_task, table, tasks
 
 
 def forwards(block):
@@ -45,14 +45,20 @@ def backwards(block):
 
 
 def first_guess(block):
-    """A point near each channel's mean, exact in float32: the mean of its first few values."""
+    """A point near each channel's mean, exact in float32: the mean of its first few values.
+
+    No channel is wide yet.
+    """
 
     def loop(pointer_to_job):
         job = carray(pointer_to_job, (1,))[0]
-        shift = doubles(job.shift, 2 * job.channels)
+        shift = table(job.shift, 2, job.channels)
         block(job, shift)
-        for i in range(2 * job.channels):
-            shift[i] = float(np.float32(shift[i]))
+        wide = doubles(job.wide, job.channels)
+        for c in range(job.channels):
+            wide[c] = 0.0
+            for k in range(2):
+                shift[k, c] = float(np.float32(shift[k, c]))
 
     return loop
 

@@ -38,7 +38,7 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
         return compiled.compile_loops(label, dtype is torch.float64, interleaved, rows)
 
     folder = Path(__file__).parent
-    names = ("job", "tools", "lanes", "algebra", "planes", "rows", "compiled")
+    names = ("job", "tools", "lanes", "cells", "algebra", "planes", "rows", "compiled")
     texts = [*(folder / f"{name}.py" for name in names), folder.parents[1] / "whitening.py"]
     source = "".join(path.read_text(encoding="utf-8") for path in texts)
     found = native.load([f"{label}.{name}" for name in small + sweeps], build, source)
@@ -98,7 +98,7 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
     job.samples, job.channels, job.length, job.count = n, c, length, n * length
     job.sample_block, job.channel_block, job.length_block = 1, c, length
     if rows:
-        parts = min(TASKS, max(1, length * c * element // TASK_BYTES))
+        parts = min(TASKS, max(1, length * c * element // (2 * TASK_BYTES)))
         job.length_block = -(-length // parts)
     elif length * element > 4 * TASK_BYTES:  # one channel of one sample is long
         job.channel_block = 1

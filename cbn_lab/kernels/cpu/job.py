@@ -18,10 +18,10 @@ INTEGERS = (
     # from sample to sample (row to row) and from channel to channel, in real numbers.
     *(f"{a}_{b}" for a in ("x", "g", "y") for b in ("re", "im", "sample", "channel")),
     # Addresses of small float64 arrays.
-    "partial",  # (tasks, C, 6) sums
-    "shift",  # (C, 2) the point about which sums are taken
+    "partial",  # (parts, 6, C) sums
+    "shift",  # (2, C) the point about which sums are taken
     "wide",  # (C,) whether the channel is done in float64
-    "map",  # (C, 12) the linear map of each channel
+    "map",  # (12, C) the linear map of each channel
     "mean",  # (C, 2)
     "covar",  # (C, 3), biased
     "weight",  # (C, 3) or 0

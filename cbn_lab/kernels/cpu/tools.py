@@ -11,6 +11,7 @@ from cbn_lab.kernels.cpu.job import INTEGERS, NUMBERS
 FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 plain = njit(forceinline=True, error_model="numpy")
+tiny = njit(inline="always", error_model="numpy")
 fast = njit(forceinline=True, error_model="numpy", fastmath=FAST)
 
 JOB = types.Record.make_c_struct(
@@ -45,6 +46,22 @@ def next_task(typing, job):
 @plain
 def doubles(address, count):
     return carray(pointer(address, numba.float64), (count,))
+
+
+@plain
+def table(address, rows, columns):
+    """A table of float64 numbers."""
+    return carray(pointer(address, numba.float64), (rows, columns))
+
+
+@intrinsic
+def ahead(typing, base, count):
+    """The pointer ``count`` numbers further on."""
+
+    def generate(context, builder, signature, args):
+        return builder.gep(args[0], [args[1]], inbounds=True)
+
+    return base(base, types.int64), generate
 
 
 @plain
@@ -118,15 +135,25 @@ def access(step):
     return reader(0), reader(step - 1), writer(0), writer(step - 1)
 
 
-def make_parts(dtype, step):
-    """Where the real and the imaginary parts begin that lie ``offset`` numbers into a tensor."""
+def places(dtype, step):
+    """Pointers to value (n, c, i): of input, output gradient and result, two each.
+
+    A sweep gets them all; those of tensors that it does not have lead nowhere and are not used.
+    """
     size = dtype(0).itemsize
 
-    @plain
-    def parts(re, im, offset):
-        x = pointer(re + size * offset, dtype)
+    @tiny
+    def pair(re, im, offset):
+        first = pointer(re + size * offset, dtype)
         if step == 2:
-            return x, x  # two pointers would hide that they are neighbours
-        return x, pointer(im + size * offset, dtype)
+            return first, first  # two pointers would hide that they are neighbours
+        return first, pointer(im + size * offset, dtype)
 
-    return parts
+    @tiny
+    def at(job, n, c, i):
+        x, y = pair(job.x_re, job.x_im, n * job.x_sample + c * job.x_channel + step * i)
+        g, h = pair(job.g_re, job.g_im, n * job.g_sample + c * job.g_channel + step * i)
+        o, p = pair(job.y_re, job.y_im, n * job.y_sample + c * job.y_channel + step * i)
+        return x, y, g, h, o, p
+
+    return at
