@@ -8,7 +8,6 @@ which the data have real and imaginary parts: alternating, or one column after t
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cbn_lab.kernels.cpu import cells
@@ -39,7 +38,8 @@ def tile_on_stack(typing, dtype):
 
     def generate(context, builder, signature, args):
         number = context.get_value_type(dtype.dtype)
-        room = cgutils.alloca_once(builder, ir.ArrayType(number, 12 * PITCH))
+        with builder.goto_entry_block():  # numba's own function fills it with zeros
+            room = builder.alloca(ir.ArrayType(number, 12 * PITCH))
         room.align = 64  # a cache line: no vector lies across two
         return builder.bitcast(room, number.as_pointer())
 
