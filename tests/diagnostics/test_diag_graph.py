@@ -209,6 +209,15 @@ def test_a_profiler_is_left_in_place():
     assert saved_bytes(y, w) == 32 and sys.getprofile() is before
 
 
+def test_an_excluded_storage_does_not_pass_its_address_on():
+    buffer = torch.zeros(8)
+    walked = graph.Graph([buffer])
+    del buffer  # as rebinding does
+    w = torch.ones(8, requires_grad=True)
+    values = [w.exp() for _ in range(20)]
+    assert walked.measure(*values) == (21, 2, 21 * 32)
+
+
 def test_custom_functions_and_checkpoints():
     class Scale(torch.autograd.Function):
         @staticmethod
