@@ -149,8 +149,9 @@ def check_arguments(
 ) -> None:
     checks.check_real(input)
     given = dict(running_mean=running_mean, running_var=running_var, weight=weight, bias=bias)
-    first = next((tensor for tensor in given.values() if tensor is not None), None)
-    checks.check_channels(input, input.shape[1:2].numel() if first is None else first.shape[0])
+    # No next(..., default): torch.compile of the oldest supported torch does not know it.
+    lengths = [tensor.shape[0] for tensor in given.values() if tensor is not None]
+    checks.check_channels(input, lengths[0] if lengths else input.shape[1:2].numel())
     for name, tensor in given.items():
         checks.check_shape(name, tensor, (input.shape[1],), input.device)
     checks.check_statistics_given(training, running_mean=running_mean, running_var=running_var)

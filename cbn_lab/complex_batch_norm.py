@@ -86,7 +86,9 @@ def check_arguments(
 
 def channels(re: Tensor, *given: Tensor | None) -> int:
     """The channel count that the first of the given per-channel tensors asks for."""
-    return next((len(tensor) for tensor in given if tensor is not None), re.shape[1:2].numel())
+    # No next(..., default): torch.compile of the oldest supported torch does not know it.
+    lengths = [len(tensor) for tensor in given if tensor is not None]
+    return lengths[0] if lengths else re.shape[1:2].numel()
 
 
 def part_of(input: Tensor | Pair) -> Tensor:

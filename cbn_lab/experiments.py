@@ -124,7 +124,8 @@ class Affine(nn.Module):
 
     def forward(self, z: Complex[Tensor, "N C"]) -> Complex[Tensor, "N C"]:
         rows = torch.einsum("cij,ncj->nci", symmetric(self.weight), torch.view_as_real(z))
-        return torch.view_as_complex(rows + self.bias)
+        # einsum may choose any layout, and does so from version to version.
+        return torch.view_as_complex((rows + self.bias).contiguous())
 
 
 class ComplexLinear(nn.Module):

@@ -54,8 +54,8 @@ def formula(z: Z, weight: Weight, bias: Bias, eps: float = 1e-5) -> Z:
     r_rr, r_ii, r_ri = (v_ii + s) / (s * t), (v_rr + s) / (s * t), -v_ri / (s * t)
     x = r_rr * re + r_ri * im
     y = r_ri * re + r_ii * im
-    g_rr, g_ii, g_ri = (per_channel(weight[:, k], re) for k in range(3))
-    b_re, b_im = (per_channel(bias[:, k], re) for k in range(2))
+    g_rr, g_ii, g_ri = (per_channel(weight[..., k], re) for k in range(3))
+    b_re, b_im = (per_channel(bias[..., k], re) for k in range(2))
     return torch.complex(g_rr * x + g_ri * y + b_re, g_ri * x + g_ii * y + b_im)
 
 
@@ -66,7 +66,7 @@ def folded(z: Z, weight: Weight, bias: Bias, eps: float = 1e-5) -> Z:
     a = symmetric(weight) @ whitening_matrix(covar, eps)
     b = bias - (a @ mean[..., None])[..., 0]
     re, im = reference.apply(a, re, im)
-    return torch.complex(re + per_channel(b[:, 0], re), im + per_channel(b[:, 1], im))
+    return torch.complex(re + per_channel(b[..., 0], re), im + per_channel(b[..., 1], im))
 
 
 class SaveInput(torch.autograd.Function):

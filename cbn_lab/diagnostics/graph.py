@@ -47,7 +47,8 @@ class Extent(NamedTuple):
         depth: nodes on the longest path from it.
         retained_bytes: bytes of all storages that those nodes keep alive, each counted once,
             without the excluded ones. A ``CopySlices`` node does not show what its inner
-            operation saved, so with slice assignments this is a lower bound.
+            operation saved, so with slice assignments this is a lower bound; so it is on torch 2.6
+            in the cases that :mod:`cbn_lab.diagnostics.saved` names.
     """
 
     nodes: int
@@ -78,7 +79,11 @@ class Graph:
     """
 
     def __init__(self, exclude: Iterable[Tensor] = ()) -> None:
+        exclude = list(exclude)
         self._excluded = {key for t in exclude for key, _ in storages.of_tensor(t)}
+        # A storage is known by its address, which must not be another's while this graph lives:
+        # rebinding frees a buffer that was excluded.
+        self._kept = [storages.storage_of(t) for t in exclude]
         self.numbers: dict[Node, int] = {}
         self._successors: list[list[int]] = []
         self._depths: list[int] = []

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from cbn_lab.diagnostics import saved
+
 Block = tuple[int, int]  # a storage's identity and its size in bytes
 _PLAIN = (Tensor, torch.nn.Parameter)
 
@@ -56,7 +58,7 @@ def _of_sparse(tensor: Tensor) -> list[Block]:
 class _Holdings(NamedTuple):
     """What a kind of node keeps, looked up once per kind: a walk may meet a million of them."""
 
-    saved: tuple[str, ...]  # its _raw_saved_* attributes
+    saved: tuple[str, ...]  # the attributes with what it saved for backward
     variable: bool  # AccumulateGrad: the leaf itself
     context: bool  # a custom Function: whatever was left on ctx
 
@@ -67,20 +69,14 @@ _holdings: dict[type, _Holdings] = {}
 def of_node(node: Any) -> list[Block] | tuple[()]:
     """The storages that one autograd node keeps alive.
 
-    Read from ``_raw_saved_*``, which is None once backward has freed it: ``_saved_*`` raises
-    then, and recomputes what was checkpointed. Besides: the leaf that an ``AccumulateGrad``
-    holds, and tensors left as attributes on the context of a custom ``Function``.
+    Those of the tensors it saved for backward, as long as backward has not freed them. Besides:
+    the leaf that an ``AccumulateGrad`` holds, and tensors left as attributes on the context of a
+    custom ``Function``.
     """
     holdings = _holdings.get(type(node)) or _look_up(type(node))
     if not any(holdings):
         return ()
-    kept = []
-    for name in holdings.saved:
-        saved = getattr(node, name)
-        if isinstance(saved, (tuple, list)):
-            kept += [one.data for one in saved]
-        elif saved is not None:
-            kept.append(saved.data)
+    kept = saved.data(node, holdings.saved)
     if holdings.variable:
         kept.append(node.variable)
     if holdings.context:
@@ -93,9 +89,9 @@ def of_node(node: Any) -> list[Block] | tuple[()]:
 
 
 def _look_up(kind: type) -> _Holdings:
-    saved = tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
     context = issubclass(kind, torch.autograd.function.FunctionCtx)
-    holdings = _holdings[kind] = _Holdings(saved, hasattr(kind, "variable"), context)
+    holdings = _Holdings(saved.names(kind), hasattr(kind, "variable"), context)
+    _holdings[kind] = holdings
     return holdings
 
 

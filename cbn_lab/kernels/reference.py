@@ -44,7 +44,7 @@ def whiten(
         a = symmetric(weight) @ a
     re, im = apply(a, *centred(re, im, mean))
     if bias is not None:
-        re, im = re + per_channel(bias[:, 0], re), im + per_channel(bias[:, 1], im)
+        re, im = re + per_channel(bias[..., 0], re), im + per_channel(bias[..., 1], im)
     return re, im
 
 
@@ -91,16 +91,18 @@ def parameter_gradients(
 ) -> tuple[Float[Tensor, "C 3"], Float[Tensor, "C 2"]]:
     """Γ̄ = G·Rᵀ, of which Γ's one off-diagonal number collects both entries, and β̄ = Σ g."""
     g = product @ whitening_matrix(covar, eps)
-    return torch.stack([g[:, 0, 0], g[:, 1, 1], g[:, 0, 1] + g[:, 1, 0]], -1), total
+    return torch.stack([g[..., 0, 0], g[..., 1, 1], g[..., 0, 1] + g[..., 1, 0]], -1), total
 
 
 def centred(re: Tensor, im: Tensor, mean: Float[Tensor, "C 2"]) -> Pair:
-    return re - per_channel(mean[:, 0], re), im - per_channel(mean[:, 1], im)
+    # Here and elsewhere [..., k] and not [:, k], for which older torch (2.6) also makes a slice of
+    # all channels: one more node for autograd, which the notebooks count.
+    return re - per_channel(mean[..., 0], re), im - per_channel(mean[..., 1], im)
 
 
 def apply(a: Float[Tensor, "C 2 2"], re: Tensor, im: Tensor) -> Pair:
     """A·x for each channel, term by term: ``bmm`` on long rows of 2×2 is seven times as slow."""
-    rr, ri, ir, ii = (per_channel(a[:, j, k], re) for j in (0, 1) for k in (0, 1))
+    rr, ri, ir, ii = (per_channel(a[..., j, k], re) for j in (0, 1) for k in (0, 1))
     return rr * re + ri * im, ir * re + ii * im
 
 

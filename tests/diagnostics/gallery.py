@@ -10,6 +10,7 @@ import copy
 import functools
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 
 import cbn_lab

@@ -125,7 +125,8 @@ def test_what_was_walked_is_freed_once_nothing_holds_it(others):
     net = train(leaky_net(), 50)
     cbn_lab.inspect_buffers(net)
     held = len(graph.keeper.nodes) - others
+    assert (held > 0) == graph.keeper.needed  # older torch frees what was walked by itself
     assert graph.release() == 0  # the buffers still hold it all
     del net
-    assert graph.release() == held > 0
+    assert graph.release() == held
     assert len(graph.keeper.nodes) == others
