@@ -155,6 +155,8 @@ def main() -> int:
     if name not in COMMANDS:
         sys.exit(f"start: expected one of {', '.join(COMMANDS)}, got {name!r}")
     extra, command = COMMANDS[name]
+    if name == "test" and not words:
+        words = ["-n", "2"]  # all tests, in two processes; conftest.py shares them out
     set_up(extra, cuda)
     child = subprocess.Popen([str(PYTHON), *command, *words], cwd=ROOT)
     while True:

@@ -2,7 +2,6 @@
 
 import torch
 from jaxtyping import Complex, Float, Int
-from sklearn.datasets import load_digits
 from torch import Tensor
 
 
@@ -23,6 +22,8 @@ def digits(
     """
     if size is not None and size < 1:
         raise ValueError(f"expected a positive size, got {size}")
+    from sklearn.datasets import load_digits  # takes seconds, which other data need not wait for
+
     data = load_digits()
     images = torch.from_numpy(data.images).float()[:, None] / 16
     if size is not None and size != 8:

@@ -1,6 +1,7 @@
 """Statistics over ranks, in processes that talk through gloo."""
 
 import os
+import traceback
 
 import oracle
 import pytest
@@ -28,21 +29,38 @@ def share(z, rank):
     return z.split(SIZES)[rank].clone()
 
 
-def work(rank, path, task, results):
+def work(rank, folder, tasks, results):
+    """Each task in a process group of its own, so that one cannot disturb the next."""
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=len(SIZES))
-    try:
-        results[rank] = task(rank)
-    finally:
-        dist.destroy_process_group()
+    for task in tasks:
+        path = os.path.join(folder, task.__name__)
+        dist.init_process_group(
+            "gloo", init_method=f"file://{path}", rank=rank, world_size=len(SIZES)
+        )
+        try:
+            results[task.__name__, rank] = task(rank)
+        except Exception:
+            results[task.__name__, rank] = traceback.format_exc()
+        finally:
+            dist.destroy_process_group()
 
 
-def on_all_ranks(task, tmp_path):
+@pytest.fixture(scope="module")
+def on_all_ranks(tmp_path_factory):
+    """What each task returned on each rank; one start of the processes serves all tasks."""
+    tasks = [step, too_few, data_parallel]
     with mp.Manager() as manager:
         results = manager.dict()
-        path = os.path.join(tmp_path, "rendezvous")
-        mp.spawn(work, (path, task, results), nprocs=len(SIZES))
-        return [results[rank] for rank in range(len(SIZES))]
+        mp.spawn(work, (tmp_path_factory.mktemp("ranks"), tasks, results), nprocs=len(SIZES))
+        results = dict(results)
+
+    def of_task(task):
+        found = [results[task.__name__, rank] for rank in range(len(SIZES))]
+        for text in found:
+            assert not isinstance(text, str), text
+        return found
+
+    return of_task
 
 
 def layer(**kwargs):
@@ -66,18 +84,19 @@ def step(rank):
     forward = len(reductions)
     y.backward(share(torch.randn_like(batch()), rank))
     pair = layer()(z.detach().real.clone(), z.detach().imag.clone())
+    dist.all_reduce = plain
     return forward, len(reductions) - forward - 1, numbers(
         y, z.grad, bn.weight.grad, bn.bias.grad, bn.running_mean, bn.running_covar, *pair
     )  # fmt: skip
 
 
-def test_all_ranks_together_are_one_layer_on_the_whole_batch(tmp_path):
+def test_all_ranks_together_are_one_layer_on_the_whole_batch(on_all_ranks):
     single = ComplexBatchNorm1d(3, dtype=torch.float64)
     single.load_state_dict(layer().state_dict())
     z = batch(mean=1e4).flatten(2).requires_grad_()
     y = single(z)
     y.backward(torch.randn_like(batch()).flatten(2))
-    ranks = on_all_ranks(step, tmp_path)
+    ranks = on_all_ranks(step)
     assert [r[:2] for r in ranks] == [(1, 1)] * len(SIZES)  # one all-reduce each way
     out, grad, weight, bias, mean, covar, re, im = zip(*(r[2] for r in ranks), strict=True)
 
@@ -102,8 +121,8 @@ def too_few(rank):
         return str(error), int(bn.num_batches_tracked), not bn.running_mean.any()
 
 
-def test_one_value_over_all_ranks_raises_on_each(tmp_path):
-    for text, count, untouched in on_all_ranks(too_few, tmp_path):
+def test_one_value_over_all_ranks_raises_on_each(on_all_ranks):
+    for text, count, untouched in on_all_ranks(too_few):
         assert "over all ranks" in text and "got 1" in text
         assert count == 0 and untouched
 
@@ -118,8 +137,8 @@ def data_parallel(rank):
     return numbers(bn.running_mean, bn.running_covar, bn.weight, bn.weight.grad)
 
 
-def test_buffers_and_gradients_under_data_parallel(tmp_path):
-    ranks = on_all_ranks(data_parallel, tmp_path)
+def test_buffers_and_gradients_under_data_parallel(on_all_ranks):
+    ranks = on_all_ranks(data_parallel)
     for other in ranks[1:]:
         for a, b in zip(ranks[0], other, strict=True):
             torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b))

@@ -27,9 +27,10 @@ def test_importing_the_package_loads_nothing_heavy():
     assert python(code).strip() == ""
 
 
-def test_the_layers_load_no_plots_and_no_widgets():
+def test_the_layers_and_the_data_made_here_load_no_plots_and_no_widgets():
     code = (
         "import sys; from cbn_lab import BatchNorm2d, ComplexBatchNorm2d, LeakyBatchNorm2d; "
+        "from cbn_lab.datasets import speckle; "
         "print(*{'matplotlib', 'ipywidgets', 'numba', 'sklearn'} & set(sys.modules))"
     )
     assert python(code).strip() == ""
@@ -41,4 +42,5 @@ def test_the_layers_take_at_most_0_3_s_over_torch_and_numpy():
         "from cbn_lab import BatchNorm2d, ComplexBatchNorm2d, inspect_buffers; "
         "print(time.perf_counter() - start)"
     )
-    assert min(float(python(code)) for _ in range(3)) < 0.3
+    # The machine may be busy with something else: the best of three, and no more than it takes.
+    assert any(float(python(code)) < 0.3 for _ in range(3))

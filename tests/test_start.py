@@ -124,6 +124,32 @@ def test_a_second_start_installs_nothing_and_tests_add_their_extra(start, calls,
     assert calls == []
 
 
+@pytest.mark.parametrize(
+    "words, expected",
+    [
+        (["test"], ["-m", "pytest", "-n", "2"]),  # all tests share two cores
+        (["test", "-x", "tests"], ["-m", "pytest", "-x", "tests"]),
+        ([], ["-m", "cbn_lab.cli", "lab"]),
+        (["--no-browser"], ["-m", "cbn_lab.cli", "lab", "--no-browser"]),
+    ],
+)
+def test_words_become_a_command_whose_status_is_handed_on(start, monkeypatch, words, expected):
+    commands = []
+
+    class Child:
+        def __init__(self, command, **_):
+            commands.append(command)
+
+        def wait(self):
+            return 3
+
+    monkeypatch.setattr(start, "set_up", lambda extra, cuda: None)
+    monkeypatch.setattr(start.subprocess, "Popen", Child)
+    monkeypatch.setattr(start.sys, "argv", ["start.py", *words])
+    assert start.main() == 3
+    assert commands == [[str(start.PYTHON), *expected]]
+
+
 def test_an_unknown_word_is_named(start, monkeypatch):
     monkeypatch.setattr(start.sys, "argv", ["start.py", "tset"])
     with pytest.raises(SystemExit, match="lab, test, notebooks, got 'tset'"):

@@ -20,9 +20,3 @@ def browser() -> str:
 def lab(tmp_path_factory, browser) -> str:
     with driver.lab(tmp_path_factory.mktemp("lab")) as url:
         yield url
-
-
-@pytest.fixture
-def tab(browser):
-    with driver.page(browser) as page:
-        yield page

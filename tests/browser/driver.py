@@ -12,7 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from playwright.sync_api import ElementHandle, Page, sync_playwright
+from playwright.sync_api import BrowserContext, ElementHandle, Page, sync_playwright
 
 from cbn_lab.lab import SETTINGS
 
@@ -113,18 +113,32 @@ def shut_down(url: str, server: subprocess.Popen) -> None:
 
 
 @contextlib.contextmanager
-def page(browser: str, width: int = 1300, height: int = 950) -> Iterator[Page]:
-    """A page that collects in ``errors`` what the console reports as an error."""
+def page(browser: str) -> Iterator[Page]:
+    """A page in a browser of its own."""
+    with context(browser) as opened, page_in(opened) as tab:
+        yield tab
+
+
+@contextlib.contextmanager
+def context(browser: str, width: int = 1300, height: int = 950) -> Iterator[BrowserContext]:
+    """A browser whose pages share a cache."""
     flags = ["--disable-gpu", "--disable-dev-shm-usage", "--disable-background-networking"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         flags.append("--no-sandbox")  # Chromium refuses to run as root otherwise
     with sync_playwright() as playwright:
         chromium = playwright.chromium.launch(executable_path=browser, headless=True, args=flags)
-        tab = chromium.new_page(viewport={"width": width, "height": height})
-        tab.page_errors = []
-        tab.on("pageerror", lambda error: tab.page_errors.append(str(error)))
-        yield tab
+        yield chromium.new_context(viewport={"width": width, "height": height})
         chromium.close()
+
+
+@contextlib.contextmanager
+def page_in(context: BrowserContext) -> Iterator[Page]:
+    """A page that collects in ``page_errors`` what its console reports as an error."""
+    tab = context.new_page()
+    tab.page_errors = []
+    tab.on("pageerror", lambda error: tab.page_errors.append(str(error)))
+    yield tab
+    tab.close()
 
 
 def open_notebook(tab: Page, url: str, name: str, timeout: int = 90_000) -> None:
@@ -165,6 +179,10 @@ def wait_until_run(tab: Page, timeout: int = 180_000) -> None:
         }""",
         timeout=timeout,
     )
+
+
+def shut_down_kernel(tab: Page) -> None:
+    tab.evaluate("() => window.jupyterapp.shell.currentWidget.sessionContext.shutdown()")
 
 
 def cell_errors(tab: Page) -> list[str]:

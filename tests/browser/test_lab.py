@@ -9,9 +9,24 @@ from browser import driver
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("[0-9]*.ipynb"))
 
 
-def test_the_momentum_slider_redraws_its_picture(lab, tab):
-    driver.open_notebook(tab, lab, "01_running_mean.ipynb")
-    driver.run_all(tab)
+@pytest.fixture(scope="module")
+def context(browser):
+    with driver.context(browser) as opened:
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def tab(lab, context, request):
+    """A notebook, opened and run, in a page and a kernel of its own."""
+    with driver.page_in(context) as page:
+        driver.open_notebook(page, lab, request.param.name)
+        driver.run_all(page)
+        yield page
+        driver.shut_down_kernel(page)
+
+
+@pytest.mark.parametrize("tab", NOTEBOOKS[:1], indirect=True, ids=lambda path: path.stem)
+def test_the_momentum_slider_redraws_its_picture(tab):
     explorer = tab.locator(f"{driver.PANEL} .cbn-explorer").first
     explorer.scroll_into_view_if_needed()
     slider = explorer.locator('input[data-trait="momentum"]')
@@ -27,10 +42,8 @@ def test_the_momentum_slider_redraws_its_picture(lab, tab):
     assert tab.page_errors == []
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_notebook_runs_and_every_control_moves_without_an_error(lab, tab, path):
-    driver.open_notebook(tab, lab, path.name)
-    driver.run_all(tab)
+@pytest.mark.parametrize("tab", NOTEBOOKS, indirect=True, ids=lambda path: path.stem)
+def test_the_notebook_runs_and_every_control_moves_without_an_error(tab):
     assert driver.cell_errors(tab) == []
     assert driver.move_every_control(tab) >= 1
     driver.wait_until_run(tab)
