@@ -36,4 +36,4 @@ def update_(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
         batch, alpha = batch * factor, 1
     else:
         alpha = factor
-    running.mul_(1 - factor).add_(batch.to(running.dtype), alpha=alpha)
+    running.mul_(1 - factor).add_(batch, alpha=alpha)

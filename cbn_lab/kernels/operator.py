@@ -50,7 +50,12 @@ def whiten(
     """
     check_engine(engine, parts[0].device.type)
     args = (parts[0], parts[1] if len(parts) == 2 else None, mean, covar, weight, bias, eps, engine)
-    run = Whiten.apply if is_plain(*args[:6]) else torch.ops.cbn_lab.complex_batch_norm
+    if not is_plain(*args[:6]):
+        run = torch.ops.cbn_lab.complex_batch_norm
+    elif torch._C._are_functorch_transforms_active():
+        run = Whiten.apply
+    else:
+        run = WhitenAtOnce.apply if torch.is_grad_enabled() else forward
     y, y_imag, mean, covar = run(*args)
     return ((y,) if len(parts) == 1 else (y, y_imag)), mean, covar
 
@@ -231,6 +236,22 @@ class Whiten(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         run = WhitenBackward.apply if torch.is_grad_enabled() else backward
         return backpropagate(ctx, run, *grads)
+
+
+class WhitenAtOnce(Whiten):
+    """The same without what ``torch.func`` needs.
+
+    Where there is a ``setup_context``, torch binds the arguments to their names at every call,
+    which takes as long as the arithmetic of a small layer.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        output = forward(*args)
+        Whiten.setup_context(ctx, args, output)
+        return output
+
+    setup_context = torch.autograd.Function.setup_context
 
 
 class WhitenBackward(torch.autograd.Function):
