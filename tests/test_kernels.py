@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from cbn_lab import ComplexBatchNorm2d, kernels
 from cbn_lab import functional as F
 from cbn_lab.kernels import operator
+from cbn_lab.kernels.cpu import engine as cpu_engine
+from cbn_lab.kernels.cpu import native
 from cbn_lab.kernels.layout import layout
 
 
@@ -225,6 +227,36 @@ def test_third_derivative_and_functional_transforms():
     assert third.isfinite().all() and third.abs().max() > 0
 
 
+def test_a_kind_that_cannot_be_compiled_falls_back_with_one_warning(monkeypatch):
+    """Loops of one kind may be on disk and numba gone: another kind must not raise."""
+    module = operator.load_engine("numba")
+    monkeypatch.setitem(operator._loaded, "numba", module)
+
+    def fail(*args):
+        raise ImportError("no numba today")
+
+    monkeypatch.setattr(module, "Sweep", fail)
+    z = oracle.correlated(4, 3, 5)
+    with pytest.warns(UserWarning, match="numba engine cannot be loaded.*no numba today"):
+        got = F.complex_batch_norm(z, None, None, training=True)
+    expected = F.complex_batch_norm(z, None, None, training=True, engine="reference")
+    torch.testing.assert_close(got, expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.complex_batch_norm(z, None, None, training=True)
+
+
+@pytest.mark.parametrize("rows", [False, True])
+def test_compiled_loops_raise_nothing(rows):
+    """An error in a loop would call what is not there once the loops come from the disk."""
+    cpu_engine.loops(torch.float32, True, rows)
+    kind = "rows" if rows else "planes"
+    newest = max(
+        native.cache_folder().glob(f"{kind}_f4_interleaved*"), key=lambda p: p.stat().st_mtime
+    )
+    assert b"numba_do_raise" not in newest.read_bytes()
+
+
 @pytest.mark.parametrize("pair", [False, True])
 def test_inductor_compiles_the_layer_without_a_break(pair):
     if not any(os.access(os.path.join(p, "cc"), os.X_OK) for p in os.get_exec_path()):
@@ -301,6 +333,11 @@ def test_engines_that_do_not_fit_are_named():
             F.complex_batch_norm(z, None, None, training=True, engine="triton")
 
 
+def test_a_device_without_float64_is_named():
+    with pytest.raises(NotImplementedError, match="got mps.*no float64"):
+        operator.check_engine("auto", "mps")
+
+
 def test_an_engine_that_cannot_load_warns_once_and_is_replaced(monkeypatch):
     def fail():
         raise OSError("no loops today")
@@ -368,6 +405,8 @@ def test_triton_kernels_in_the_interpreter():
         import numpy, oracle, torch
         from triton.runtime import interpreter
         from cbn_lab.kernels import operator
+from cbn_lab.kernels.cpu import engine as cpu_engine
+from cbn_lab.kernels.cpu import native
         patch = interpreter._patch_lang_tensor
         def patched(tensor, *scope):
             # Triton's interpreter (of 3.2, which torch 2.6 brings) makes the ends of a loop ints

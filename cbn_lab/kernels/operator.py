@@ -76,6 +76,11 @@ def check_engine(engine: str, device: str) -> None:
     if engine not in (*ENGINES, "auto"):
         raise ValueError(f"expected engine to be one of auto, {', '.join(ENGINES)}, got {engine!r}")
     needed = {name: device for device, name in NATIVE.items()}.get(engine, device)
+    if device == "mps":
+        raise NotImplementedError(
+            "expected input on a device with float64, got mps, which has no float64: "
+            "the 2×2 algebra needs it. Move the layer's input to the CPU"
+        )
     interpreted = engine == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
     if needed != device and not interpreted:
         raise ValueError(f"expected input on {needed} for engine={engine!r}, got {device}")
@@ -87,15 +92,19 @@ def load_engine(name: str) -> ModuleType:
         try:
             module = import_module(ENGINES[name])
             module.check_available()
+            _loaded[name] = module
         except Exception as error:  # a missing wheel, a read-only disk, an unknown processor
-            warnings.warn(
-                f"cbn_lab: the {name} engine cannot be loaded ({type(error).__name__}: {error}); "
-                "the reference engine is used instead, which is slower",
-                stacklevel=2,
-            )
-            module = reference
-        _loaded[name] = module
+            give_up(name, error)
     return _loaded[name]
+
+
+def give_up(name: str, error: Exception) -> None:
+    warnings.warn(
+        f"cbn_lab: the {name} engine cannot be loaded ({type(error).__name__}: {error}); "
+        "the reference engine is used instead, which is slower",
+        stacklevel=3,
+    )
+    _loaded[name] = reference
 
 
 def start(parts: Parts, eps: float, engine: str) -> Any:
@@ -104,7 +113,11 @@ def start(parts: Parts, eps: float, engine: str) -> Any:
         return reference.Sweep(parts, eps)
     if engine == "auto":
         engine = NATIVE.get(parts[0].device.type, "reference")
-    return load_engine(engine).Sweep(parts, eps)
+    try:
+        return load_engine(engine).Sweep(parts, eps)
+    except ImportError as error:  # loops of one kind are on disk, those of another must be compiled
+        give_up(engine, error)
+        return reference.Sweep(parts, eps)
 
 
 # --- forward and backward ------------------------------------------------------------------

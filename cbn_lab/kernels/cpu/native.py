@@ -48,9 +48,16 @@ def load(names: list[str], build: Callable[[], dict[str, tuple[str, bytes]]], so
         try:
             return _loops(_unpack(path.read_bytes(), names))
         except (OSError, ValueError):
+            say(f"cbn_lab: compiling {names[0].split('.')[0]}, once on this machine …")
             compiled = build()
             _store(path, compiled)
         return _loops(compiled)
+
+
+def say(text: str) -> None:
+    """To who sits at a terminal and waits; logs and notebooks are left as they are."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _loops(compiled: dict[str, tuple[str, bytes]]) -> dict[str, Loop]:

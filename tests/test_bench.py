@@ -1,0 +1,61 @@
+"""``cbn-lab bench``: what it times, what it writes, and that it refuses to time what is wrong."""
+
+import argparse
+import csv
+
+import pytest
+import torch
+
+from cbn_lab import bench, cli
+
+SHAPE = "3x4x6x5"
+
+
+@pytest.fixture
+def rows(tmp_path, capsys):
+    command = ["bench", "--shape", SHAPE, "--shape", "40x4", "--threads", "1", "--rounds", "3"]
+    before = torch.get_num_threads()
+    assert cli.main([*command, "--ours-only", "--output", str(tmp_path)]) == 0
+    assert torch.get_num_threads() == before
+    for name in ("bench.csv", "bench.md", "bench.png"):
+        assert (tmp_path / name).stat().st_size > 100
+    assert (tmp_path / "bench.md").read_text(encoding="utf-8") in capsys.readouterr().out
+    with (tmp_path / "bench.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_each_shape_has_its_candidates_in_ratio_to_stock(rows):
+    assert [row["shape"] for row in rows] == [SHAPE] * 5 + ["40x4"] * 5
+    for group in (rows[:5], rows[5:]):
+        ratio = {row["candidate"]: float(row["A_min"]) for row in group}
+        assert list(ratio) == [
+            bench.STOCK, "ours", "ours, pair", "ours, reference engine", "memory-traffic bound",
+        ]  # fmt: skip
+        milliseconds = {row["candidate"]: float(row["step_ms_min"]) for row in group}
+        assert ratio[bench.STOCK] == 1
+        for name, value in ratio.items():
+            assert value == pytest.approx(milliseconds[name] / milliseconds[bench.STOCK])
+        saved = {row["candidate"]: float(row["saved_to_input"]) for row in group}
+        assert 1 <= saved["ours"] < 1.5
+        assert float(group[1]["eval_A_min"]) > 0
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch):
+    args = argparse.Namespace(
+        device="cpu", channels_last=False, ours_only=False, rounds=1, quick=True
+    )
+    monkeypatch.setattr(bench, "PEERS", {})
+    monkeypatch.setattr(bench.Inputs, "thread", lambda self, **_: self.pair("wrong", wrong))
+    with pytest.raises(RuntimeError, match="wrong differs by"):
+        bench.run_shape((3, 4, 6, 5), 1, args)
+
+
+def wrong(re, im):
+    return re, im + 0.1 * re
+
+
+def test_all_sweeps_are_counted_in_the_bound():
+    stock = bench.Candidate("stock", None, (), (), False, [1.0], [1.0])
+    small = bench.bound((1,), 1, stock, 1 << 20, "cpu")
+    large = bench.bound((1,), 1, stock, 1 << 25, "cpu")
+    assert large["step_ms_min"] > 8 * small["step_ms_min"]
