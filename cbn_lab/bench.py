@@ -78,9 +78,10 @@ def main(args: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     args.output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, args.output / "bench.csv")
-    (args.output / "bench.md").write_text(markdown(rows), encoding="utf-8")
+    text = f"{ratios(rows)}\n{markdown(rows)}"
+    (args.output / "bench.md").write_text(text, encoding="utf-8")
     plot(rows, args.output / "bench.png")
-    print(markdown(rows))
+    print(text)
     print(f"written: {args.output / 'bench.csv'}, bench.md, bench.png")
     return 0
 
@@ -100,8 +101,10 @@ def run_shape(shape: tuple[int, ...], threads: int, args: argparse.Namespace) ->
         for times in (candidate.forward_s, candidate.step_s, candidate.eval_s):
             del times[:1]
     stock = next(c for c in found if c.name == STOCK)
-    rows = [row(c, stock, shape, threads, element) for c in found]
-    return [*rows, bound(shape, threads, stock, element, args.device)]
+    label = "×".join(map(str, shape))
+    label += " channels_last" if args.channels_last and len(shape) == 4 else ""
+    rows = [row(c, stock, label, threads, element) for c in found]
+    return [*rows, bound(label, threads, stock, element, args.device)]
 
 
 # --- candidates ------------------------------------------------------------------------------
@@ -294,9 +297,9 @@ def time_by_events(candidate: Candidate) -> tuple[float, float]:
     return marks[0].elapsed_time(marks[1]) / 1e3, marks[0].elapsed_time(marks[2]) / 1e3
 
 
-def row(c: Candidate, stock: Candidate, shape: tuple[int, ...], threads: int, element: int) -> dict:
+def row(c: Candidate, stock: Candidate, label: str, threads: int, element: int) -> dict:
     return {
-        "shape": "x".join(map(str, shape)),
+        "shape": label,
         "threads": threads,
         "candidate": c.name,
         "A_min": min(c.step_s) / min(stock.step_s),
@@ -309,9 +312,7 @@ def row(c: Candidate, stock: Candidate, shape: tuple[int, ...], threads: int, el
     }
 
 
-def bound(
-    shape: tuple[int, ...], threads: int, stock: Candidate, element: int, device: str
-) -> dict:
+def bound(label: str, threads: int, stock: Candidate, element: int, device: str) -> dict:
     """Eight sweeps (forward two reads and a write, backward four and a write) at copy speed."""
     source = torch.zeros(element // 4, device=device)
     target = torch.zeros_like(source)
@@ -322,7 +323,7 @@ def bound(
         times.append(now(device) - start)
     step = [4 * t for t in times]  # a copy is two sweeps
     known = Candidate("memory-traffic bound", lambda: (), (), (), True, [math.nan], step)
-    return row(known, stock, shape, threads, element) | {"saved_to_input": 1.0}
+    return row(known, stock, label, threads, element) | {"saved_to_input": 1.0}
 
 
 # --- results ---------------------------------------------------------------------------------
@@ -333,6 +334,25 @@ def write_csv(rows: list[dict], path: Path) -> None:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()
         writer.writerows(rows)
+
+
+def ratios(rows: list[dict]) -> str:
+    """A training step over that of two stock layers (minima): a column a shape.
+
+    Where more than one number of threads was measured, a cell has one figure for each.
+    """
+    shapes = list(dict.fromkeys(r["shape"] for r in rows))
+    found: dict[tuple[str, str], list[str]] = {}
+    for r in rows:
+        found.setdefault((r["candidate"], r["shape"]), []).append(f"{float(r['A_min']):.2f}")
+        if r["eval_A_min"] and r["candidate"] != STOCK:
+            cell = found.setdefault((f"{r['candidate']}: evaluation", r["shape"]), [])
+            cell.append(f"{float(r['eval_A_min']):.2f}")
+    lines = ["| | " + " | ".join(shapes) + " |", "|---" * (len(shapes) + 1) + "|"]
+    for name in dict.fromkeys(candidate for candidate, _ in found):
+        cells = (" / ".join(found.get((name, shape), ["–"])) for shape in shapes)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def markdown(rows: list[dict]) -> str:

@@ -2,6 +2,7 @@
 
 import argparse
 import csv
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from cbn_lab import bench, cli
 
 SHAPE = "3x4x6x5"
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def rows(tmp_path, capsys):
 
 
 def test_each_shape_has_its_candidates_in_ratio_to_stock(rows):
-    assert [row["shape"] for row in rows] == [SHAPE] * 5 + ["40x4"] * 5
+    assert [row["shape"] for row in rows] == ["3×4×6×5"] * 5 + ["40×4"] * 5
     for group in (rows[:5], rows[5:]):
         ratio = {row["candidate"]: float(row["A_min"]) for row in group}
         assert list(ratio) == [
@@ -56,6 +58,24 @@ def wrong(re, im):
 
 def test_all_sweeps_are_counted_in_the_bound():
     stock = bench.Candidate("stock", None, (), (), False, [1.0], [1.0])
-    small = bench.bound((1,), 1, stock, 1 << 20, "cpu")
-    large = bench.bound((1,), 1, stock, 1 << 25, "cpu")
+    small = bench.bound("", 1, stock, 1 << 20, "cpu")
+    large = bench.bound("", 1, stock, 1 << 25, "cpu")
     assert large["step_ms_min"] > 8 * small["step_ms_min"]
+
+
+def stored():
+    with (ROOT / "cbn_lab" / "results" / "bench.csv").open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_readme_shows_the_stored_measurement():
+    assert bench.ratios(stored()) in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_ratios_put_threads_side_by_side():
+    base = {"shape": "2×3", "candidate": "ours", "eval_A_min": ""}
+    rows = [base | {"threads": 1, "A_min": "0.5"}, base | {"threads": 2, "A_min": "0.625"}]
+    rows.append(base | {"candidate": "other", "A_min": "7", "eval_A_min": "1.5"})
+    assert bench.ratios(rows).splitlines()[2:] == [
+        "| ours | 0.50 / 0.62 |", "| other | 7.00 |", "| other: evaluation | 1.50 |",
+    ]  # fmt: skip
