@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.autograd import forward_ad
 
 from cbn_lab import ComplexBatchNorm2d, kernels
 from cbn_lab import functional as F
@@ -333,6 +334,15 @@ def test_engines_that_do_not_fit_are_named():
             F.complex_batch_norm(z, None, None, training=True, engine="triton")
 
 
+def test_forward_mode_never_loses_its_tangent_in_silence():
+    z = oracle.correlated(5, 3, 4, dtype=torch.complex128)
+    for mode in (torch.no_grad, torch.enable_grad):
+        with mode(), forward_ad.dual_level():
+            dual = forward_ad.make_dual(z, torch.randn_like(z))
+            with pytest.raises(NotImplementedError, match="jvp"):
+                F.complex_batch_norm(dual, None, None, training=True)
+
+
 def test_a_device_without_float64_is_named():
     with pytest.raises(NotImplementedError, match="got mps.*no float64"):
         operator.check_engine("auto", "mps")
@@ -405,8 +415,6 @@ def test_triton_kernels_in_the_interpreter():
         import numpy, oracle, torch
         from triton.runtime import interpreter
         from cbn_lab.kernels import operator
-from cbn_lab.kernels.cpu import engine as cpu_engine
-from cbn_lab.kernels.cpu import native
         patch = interpreter._patch_lang_tensor
         def patched(tensor, *scope):
             # Triton's interpreter (of 3.2, which torch 2.6 brings) makes the ends of a loop ints

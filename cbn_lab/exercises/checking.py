@@ -110,7 +110,9 @@ def check(name: str, answer: Any) -> Outcome:
         with time_limit(SECONDS):
             praise = _checks[name](_begun(answer))
     except StillToDo:
-        return Outcome(name, "to do", "Put your code where TODO stands, and run this cell again.")
+        return Outcome(
+            name, "to do", "Put your code where TODO stands, run that cell, then this one."
+        )
     except Wrong as wrong:
         return Outcome(name, "not yet", str(wrong))
     except _TooLong:

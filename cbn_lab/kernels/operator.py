@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from cbn_lab.kernels import reference
 
@@ -52,8 +53,8 @@ def whiten(
     args = (parts[0], parts[1] if len(parts) == 2 else None, mean, covar, weight, bias, eps, engine)
     if not is_plain(*args[:6]):
         run = torch.ops.cbn_lab.complex_batch_norm
-    elif torch._C._are_functorch_transforms_active():
-        run = Whiten.apply
+    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        run = Whiten.apply  # which refuses what it cannot do
     else:
         run = WhitenAtOnce.apply if torch.is_grad_enabled() else forward
     y, y_imag, mean, covar = run(*args)

@@ -111,9 +111,8 @@ print("mean agrees:", torch.allclose(bn.running_mean, (1 - m) * 0 + m * mean))
 print("var agrees: ", torch.allclose(bn.running_var, (1 - m) * 1 + m * var))
 
 # %% [markdown]
-# One subtlety. The variance that is **stored** is divided by $n - 1$ (unbiased), the one that the
-# batch is **normalised** with is divided by $n$ (biased). Many a hand-written batch norm mixes the
-# two up.
+# One subtlety: the variance that is **stored** is divided by $n - 1$ (unbiased). Keep it in mind for
+# the next notebook.
 #
 # ### Exercise: the update rule (★☆☆, 5 minutes)
 #

@@ -314,8 +314,9 @@ print(ax.get_label().replace(": ", ":\n  ", 1).replace("; ", ";\n  "))
 #
 # ## When rounding does become an error
 #
-# Let the mean be much larger than the spread. A float32 near 1000 has steps of about 6e-5. No formula
-# can know the input better than that. But a formula can do much worse:
+# Let the mean be much larger than the spread. A float32 near 1000 has steps of about 6e-5, and the
+# batch is already rounded to them; that error (dotted below) is nobody's fault, and float64 is given
+# the same rounded batch here. The formula may add errors of its own, small or huge:
 #
 # $$\sigma^2 = \overline{x^2} - \bar x^2$$
 #

@@ -327,9 +327,11 @@ for ax, gamma in zip(axes, gammas, strict=True):
     weight = torch.tensor(gamma, dtype=torch.float64)
     plots.whitening(z, ax, stages=["whitened"], points="whitened", weight=weight)
     ax.set_xlabel("real part, Γ = " + ", ".join(f"{value:g}" for value in gamma))
+    ax.get_legend().get_texts()[0].set_text("Γ · whitened")
 plt.show()
 for ax in axes:
-    print(ax.get_xlabel().removeprefix("real part, "), "-", ax.get_label())
+    said = ax.get_label().replace("whitened", "Γ · whitened")
+    print(ax.get_xlabel().removeprefix("real part, "), "-", said)
 
 # %% [markdown]
 # Multiplying by a complex number could only turn the cloud and scale it. $\Gamma$ can make an ellipse
@@ -376,8 +378,8 @@ check("undo the whitening", undo)
 # %% [markdown]
 # ## The layer
 #
-# A whitened cloud has variance 1 in the real part and 1 in the imaginary part. This is how the layer
-# starts:
+# A whitened cloud has variance 1 in the real part and 1 in the imaginary part, 2 in total. What is the
+# total behind $\Gamma$? These are the numbers that a new layer starts with:
 
 # %% tags=["nbval-check-output"]
 bn = ComplexBatchNorm2d(1)
@@ -426,7 +428,7 @@ for layer in (NaiveComplexBatchNorm1d(64), ComplexBatchNorm1d(64)):
         print(f"   bin {divmod(k, 8)}: axis ratio {plots.axis_ratio(y[:, k]):.2f}")
 
 # %% [markdown]
-# ## Where float32 gives NaN
+# ## What a line does to the formula
 #
 # Look at bin (0, 0). It is the sum of all pixels, so it is purely real: a cloud without any width.
 

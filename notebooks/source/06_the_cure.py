@@ -25,7 +25,7 @@ from cbn_lab.specimens import CURES, LEAKS, UPDATES
 _ = torch.manual_seed(0)
 
 # %% [markdown]
-# ## Five ways to write it, and none is innocent
+# ## Five ways to write it
 #
 # A batch norm behind a small convolution, trained for some steps. What stands behind its running
 # statistics afterwards?
@@ -159,12 +159,12 @@ check("cure", cured_update)
 #
 # ```python
 # with torch.no_grad():
-#     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+#     mean = x.mean((0, 2, 3), keepdim=True)
+#     var = x.var((0, 2, 3), correction=0, keepdim=True)
 # y = (x - mean) / (var + eps).sqrt()
 # ```
 #
-# The output is right. Nothing leaks. But `mean` and `var` depend on `x`, and the gradient no longer
-# knows.
+# The output is right. Nothing leaks.
 
 # %%
 guess_error = predict(
@@ -192,8 +192,8 @@ print(f"the gradient is off by {error:.0%}")
 guess_error.compare("it is wrong by more than 1 %" if error > 0.01 else "it stays the same")
 
 # %% [markdown]
-# **Nothing fails.** The network even trains, a little worse. A check for leaks alone would be content
-# with this layer, so `cbn_lab.check_batch_norm` looks for both mistakes.
+# `mean` and `var` depend on `x`, and the gradient no longer knows. **Nothing fails**: no error, no
+# growth. A check for leaks alone would be content with this layer, so `cbn_lab.check_batch_norm` looks for both mistakes.
 #
 # How can one see that the right gradient has something to do with the statistics? Batch norm takes out
 # the mean: adding a constant to a whole channel changes no output. So the right gradient of the input
@@ -252,7 +252,7 @@ check("neither", batch_norm)
 # %% [markdown]
 # ## Should `register_buffer` forbid it?
 #
-# The last question of the thread. **For** it speaks that a buffer with a history is nearly always a
+# **For** it speaks that a buffer with a history is nearly always a
 # mistake, and that an error at the first step is better than a dead process in the morning.
 #
 # **Against** it: PyTorch cannot know. Some buffers hold a differentiable state on purpose: a hidden
@@ -260,7 +260,7 @@ check("neither", batch_norm)
 # the first step, when all is still well. What would have to be forbidden comes later: an assignment,
 # or a write in place, which never passes `register_buffer` at all.
 #
-# So it is left to you. `guard_buffers` is the rule that the thread asked for, for the models where you
+# So it is left to you. `guard_buffers` is that rule, for the models where you
 # want it. It raises **at the line that does it**, before it is done:
 
 # %% tags=["nbval-check-output"]

@@ -122,8 +122,8 @@ for name, calls, microseconds in top[:6]:
     print(f"{name:14} {calls:4} calls  {100 * microseconds / total:3.0f} % of the time")
 
 # %% [markdown]
-# No single one is to blame: products, sums, copies and means, one after the other over the whole batch.
-# So the cure is not a faster multiplication, but **fewer sweeps**.
+# Products are on top, and there are dozens of them; sums, copies and means follow. Not one of the calls
+# is slow for what it does: each goes over the whole batch. So the cure is not a faster multiplication, but **fewer sweeps**.
 #
 # ## Step 1: fold the affine
 #
@@ -199,8 +199,7 @@ for name, candidate in candidates.items():
 #
 # ## Step 3: let a tool fuse them?
 #
-# - **`torch.jit.trace`** records the operations and replays them without Python. But Python was not the
-#   problem: what is replayed are the same operations, with the same sweeps.
+# - **`torch.jit.trace`** records the operations and replays them without Python.
 # - **`torch.compile`** does fuse. It writes C++ for a chain of operations, so that a value stays in a
 #   register from one to the next. It needs a C++ compiler on your machine, its first call takes many
 #   seconds, and it does not generate code for complex numbers: those must be handed over as pairs.
@@ -227,6 +226,8 @@ names = ["at least twice as fast", "within a factor of two", "at least twice as 
 guess_trace.compare(names[0 if ratio < 0.5 else 1 if ratio < 2 else 2])
 
 # %% [markdown]
+# What `jit.trace` replays are the same operations with the same sweeps: Python was not the problem.
+#
 # `torch.compile` is not run here, to keep this notebook short; its bar below comes from stored figures.
 # To run it on your machine, set `COMPILE` to true:
 
