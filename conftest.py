@@ -6,6 +6,8 @@ environment variable.
 
 import os
 
+import pytest
+
 # Before torch is imported, here or in a notebook's kernel: its threads are not to spin on a core
 # that another process could use.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -22,6 +24,7 @@ EARLY = [
 TIMED = ["tests/browser/test_explorers.py"]  # counts frames: last, when the other worker is done
 
 
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist may be absent
 def pytest_xdist_make_scheduler(config, log):
     from xdist.scheduler import LoadScopeScheduling
 
