@@ -14,6 +14,8 @@ import numpy as np
 from cbn_lab.kernels.cpu import lanes
 from cbn_lab.kernels.cpu.tools import access, tiny
 
+MOMENTS, GRAM, FORWARD, BACKWARD = range(4)  # the places of the formulas
+
 
 class Form(NamedTuple):
     """How cells of one kind are read, written and computed with."""
@@ -121,6 +123,21 @@ def in_pairs():
         return a[1], a[0]
 
     return add, sub, mul, swap
+
+
+def map_reader(form: Form) -> Callable:
+    """Column c of the job's map, as the six cells that a formula takes."""
+    fill = form.fill
+
+    @tiny
+    def read(table, c):
+        return (
+            fill(table[0, c], table[1, c]), fill(table[2, c], table[3, c]),
+            fill(table[4, c], table[5, c]), fill(table[6, c], table[7, c]),
+            fill(table[8, c], table[9, c]), fill(table[10, c], table[11, c]),
+        )  # fmt: skip
+
+    return read
 
 
 def formulas(form: Form):

@@ -3,10 +3,10 @@
 import numpy as np
 
 from cbn_lab.kernels.cpu import cells
+from cbn_lab.kernels.cpu.cells import BACKWARD, FORWARD, GRAM, MOMENTS
 from cbn_lab.kernels.cpu.tools import doubles, fast, places, plain, table
 
 STRETCH = 1024  # values summed in the working precision before they go to float64
-MOMENTS, GRAM, FORWARD, BACKWARD = range(4)
 
 
 def summing(form, which):
@@ -33,16 +33,13 @@ def summing(form, which):
 def mapping(form, which):
     """Map what fills whole cells of the values start … end by column c of the map; say likewise."""
     formula = cells.formulas(form)[which]
-    count, fill = form.count, form.fill
+    count, read = form.count, cells.map_reader(form)
 
     @fast
     def run(at, start, end, table, c):
-        k, same = fill(table[0, c], table[1, c]), fill(table[2, c], table[3, c])
-        other, b = fill(table[4, c], table[5, c]), fill(table[6, c], table[7, c])
-        p_same, p_other = fill(table[8, c], table[9, c]), fill(table[10, c], table[11, c])
-        last = start + (end - start) // count * count
+        row, last = read(table, c), start + (end - start) // count * count
         for i in range(start, last, count):
-            formula(at, i, (k, same, other, b, p_same, p_other))
+            formula(at, i, row)
         return last
 
     return run

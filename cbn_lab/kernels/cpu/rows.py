@@ -11,6 +11,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from cbn_lab.kernels.cpu import cells
+from cbn_lab.kernels.cpu.cells import BACKWARD, FORWARD, GRAM, MOMENTS
 from cbn_lab.kernels.cpu.tools import (
     access,
     ahead,
@@ -28,7 +29,6 @@ TILE = 1024  # channels
 PITCH = TILE + 16  # from column to column: groups must not compete for one place in the cache
 ROWS = 256  # summed in the working precision before they go to float64
 TOGETHER = 4  # rows that share one visit to the tile
-MOMENTS, GRAM, FORWARD, BACKWARD = range(4)
 
 
 @intrinsic
@@ -173,7 +173,7 @@ def all_rows(dtype, step, which):
 def one_channel(dtype, step, which):
     """A wide channel of a task: in float64, one number after the other."""
     form, at = cells.single(np.float64, dtype, step), places(dtype, step)
-    formula, fill = cells.formulas(form)[which], form.fill
+    formula, fill, read = cells.formulas(form)[which], form.fill, cells.map_reader(form)
 
     @plain
     def sums(job, part, c, start, end):
@@ -189,11 +189,7 @@ def one_channel(dtype, step, which):
 
     @plain
     def maps(job, part, c, start, end):
-        m = table(job.map, 12, job.channels)
-        row = (
-            fill(m[0, c], m[1, c]), fill(m[2, c], m[3, c]), fill(m[4, c], m[5, c]),
-            fill(m[6, c], m[7, c]), fill(m[8, c], m[9, c]), fill(m[10, c], m[11, c]),
-        )  # fmt: skip
+        row = read(table(job.map, 12, job.channels), c)
         for r in range(start, end):
             formula(at(job, r, c, 0), 0, row)
 

@@ -102,7 +102,7 @@ def bounds(job, task):
 
 
 def access(step):
-    """Read and write value i of what :func:`make_parts` gives.
+    """Read and write value i of what :func:`places` gives.
 
     By hand, so that the optimiser may count on step·i not to overflow: without that it does not
     see that real and imaginary parts alternate, and collects them one by one.
