@@ -171,7 +171,7 @@ def update_running(
     if running_mean is not None:
         update_(running_mean, mean, factor)
     if running_var is not None:
-        update_(running_var, var * bessel(checks.check_enough_values(input)), factor)
+        update_(running_var, var, factor, bessel(checks.check_enough_values(input)))
 
 
 class NormBase(nn.Module):

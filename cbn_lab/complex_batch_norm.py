@@ -58,7 +58,8 @@ def complex_batch_norm(
         if running_mean is not None:
             update_(running_mean, mean, momentum)
         if running_covar is not None:
-            update_(running_covar, covar * bessel(checks.check_enough_values(parts[0])), momentum)
+            unbiased = bessel(checks.check_enough_values(parts[0]))
+            update_(running_covar, covar, momentum, unbiased)
     return output if len(output) == 2 else output[0]
 
 

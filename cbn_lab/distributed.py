@@ -56,7 +56,7 @@ def sync_complex_batch_norm(
     if running_mean is not None:
         update_(running_mean, mean, momentum)
     if running_covar is not None:
-        update_(running_covar, covar * bessel(int(count)), momentum)
+        update_(running_covar, covar, momentum, bessel(int(count)))
     return y if imag is None else (y, y_imag)
 
 

@@ -26,14 +26,13 @@ def bessel(count: int) -> float:
 
 
 @torch.no_grad()
-def update_(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
-    """Move ``running`` towards ``batch`` in place, and leave no history behind.
+def update_(running: Tensor, batch: Tensor, factor: float | Tensor, scale: float = 1.0) -> None:
+    """Move ``running`` towards ``scale·batch`` in place, and leave no history behind.
 
     ``no_grad`` is the whole cure of the leak: without it the buffer would take the graph of this
     step along into every later one.
     """
     if isinstance(factor, Tensor):
-        batch, alpha = batch * factor, 1
+        running.mul_(1 - factor).add_(batch * factor, alpha=scale)
     else:
-        alpha = factor
-    running.mul_(1 - factor).add_(batch, alpha=alpha)
+        running.mul_(1 - factor).add_(batch, alpha=factor * scale)

@@ -153,6 +153,83 @@ def test_python_threads_where_there_is_no_openmp(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
+STREAMED = {  # whether each row or plane of the result begins with a cache line
+    "planes": (torch.Size([3, 5, 16, 8]), torch.contiguous_format, True),
+    "planes that begin anywhere": (torch.Size([3, 5, 7, 9]), torch.contiguous_format, False),
+    "one long plane": (torch.Size([1, 2, 1, 80003]), torch.contiguous_format, False),
+    "long planes": (torch.Size([2, 2, 1, 80000]), torch.contiguous_format, True),
+    "rows": (torch.Size([1100, 1040]), torch.contiguous_format, True),
+    "rows that begin anywhere": (torch.Size([300, 33]), torch.contiguous_format, False),
+    "channels_last": (torch.Size([3, 32, 7, 9]), torch.channels_last, True),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("pair", [False, True])
+@pytest.mark.parametrize("name", STREAMED)
+def test_writing_past_the_cache_changes_no_bit(name, pair, dtype, monkeypatch):
+    shape, kind, streamed = STREAMED[name]
+    z, g = (oracle.correlated(*shape, dtype=dtype).contiguous(memory_format=kind) for _ in "zg")
+    z[:, 1].imag = 2 * z[:, 1].real  # a channel that is done in float64
+    weight, bias = torch.randn(shape[1], 3), torch.randn(shape[1], 2)
+
+    def run(cache):
+        monkeypatch.setattr(native, "cache_bytes", lambda: cache)
+        cpu_engine.plan.cache_clear()
+        parts = [t.clone().requires_grad_() for t in ((z.real, z.imag) if pair else (z,))]
+        value = tuple(parts) if pair else parts[0]
+        y = F.complex_batch_norm(value, None, None, weight, bias, training=True)
+        y = y if pair else (y,)
+        torch.autograd.backward(y, (g.real.clone(), g.imag.clone()) if pair else (g,))
+        chosen = cpu_engine.plan(parts[0].shape, parts[0].stride(), parts[0].dtype, 1).streams
+        return chosen, [*y, *(part.grad for part in parts)]
+
+    (none, kept), (both, past) = run(1 << 60), run(1)
+    cpu_engine.plan.cache_clear()
+    assert none == () and both == (("apply", "apply_backward") if streamed else ())
+    assert all(torch.equal(a, b) for a, b in zip(kept, past, strict=True))
+
+
+def test_half_a_line_is_never_written_past_the_cache(monkeypatch):
+    monkeypatch.setattr(native, "cache_bytes", lambda: 1)
+    cpu_engine.plan.cache_clear()
+    for length, expected in ((28, ()), (32, ("apply", "apply_backward"))):  # 3.5 and 4 lines
+        z = torch.empty(3, 5, 1, length, dtype=torch.cfloat)
+        assert cpu_engine.plan(z.shape, z.stride(), z.dtype, 1).streams == expected
+    cpu_engine.plan.cache_clear()
+
+
+def test_two_calls_at_a_time_have_scratch_memory_of_their_own():
+    z = oracle.correlated(4, 3, 8, 8)
+    F.complex_batch_norm(z, None, None, training=True)  # leaves its memory for one of the two
+    sweeps = [cpu_engine.Sweep((z,), 1e-5) for _ in range(2)]
+    for sweep in sweeps:
+        sweep.moments()
+    used = {sweep.job.partial for sweep in sweeps}
+    assert len(used) == 2
+    del sweep, sweeps
+    again = cpu_engine.Sweep((z,), 1e-5)
+    again.moments()
+    assert again.job.partial in used  # and it is used again
+
+
+@pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32, torch.float64, None])
+@pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64, None])
+def test_parameters_of_any_precision(weight_dtype, bias_dtype):
+    z, g = oracle.correlated(6, 3, 5, 5), torch.randn(6, 3, 5, 5, dtype=torch.cfloat)
+    dtypes = (weight_dtype, 3), (bias_dtype, 2)
+    given = [None if d is None else torch.randn(3, k).to(d) for d, k in dtypes]
+    found = []
+    for engine in ("auto", "reference"):
+        leaves = [None if t is None else t.clone().requires_grad_() for t in (z, *given)]
+        options = dict(training=True, engine=engine)
+        y = F.complex_batch_norm(leaves[0], None, None, *leaves[1:], **options)
+        y.backward(g)
+        found.append([y, *(t.grad for t in leaves if t is not None)])
+    assert [t.dtype for t in found[0]] == [t.dtype for t in found[1]]
+    close(*found, 2e-3 if weight_dtype is torch.float16 else 1e-5)
+
+
 def test_layouts_are_recognised_without_a_copy():
     z = torch.empty(4, 6, 5, 3)
     known = {

@@ -6,7 +6,7 @@ import numpy as np
 from numba import carray
 
 from cbn_lab import whitening
-from cbn_lab.kernels.cpu.tools import ceil_divide, doubles, plain, table
+from cbn_lab.kernels.cpu.tools import ceil_divide, doubles, number, plain, set_number, table
 
 roots = plain(whitening.roots)
 inverse_root = plain(whitening.inverse_root)
@@ -59,6 +59,19 @@ def finish_moments(pointer_to_job):
                 job.wide_found += 1
 
 
+@plain
+def weight_of(job, c):
+    """Γ of channel c as rr, ii, ri."""
+    if job.weight == 0:
+        return 1.0, 1.0, 0.0
+    weight, single = job.weight, job.single
+    return (
+        number(weight, 3 * c, single),
+        number(weight, 3 * c + 1, single),
+        number(weight, 3 * c + 2, single),
+    )
+
+
 def map_forward(pointer_to_job):
     """y = A·(x − centre) + b with A = Γ·R; what the centre leaves of the mean is in b.
 
@@ -67,18 +80,16 @@ def map_forward(pointer_to_job):
     job = carray(pointer_to_job, (1,))[0]
     c_all = job.channels
     mean, covar = doubles(job.mean, 2 * c_all), doubles(job.covar, 3 * c_all)
-    weight, bias = doubles(job.weight, 3 * c_all), doubles(job.bias, 2 * c_all)
     row, wide = table(job.map, 12, c_all), doubles(job.wide, c_all)
     for c in range(c_all):
         rr, ii, ri = covar[3 * c], covar[3 * c + 1], covar[3 * c + 2]
         s, t = roots(rr, ii, ri, job.eps, math.sqrt)
         r_rr, r_ii, r_ri = inverse_root(rr, ii, ri, job.eps, s, t)
-        w_rr = w_ii = 1.0
-        w_ri = b_re = b_im = 0.0
-        if job.weight != 0:
-            w_rr, w_ii, w_ri = weight[3 * c], weight[3 * c + 1], weight[3 * c + 2]
+        w_rr, w_ii, w_ri = weight_of(job, c)
+        b_re = b_im = 0.0
         if job.bias != 0:
-            b_re, b_im = bias[2 * c], bias[2 * c + 1]
+            b_re = number(job.bias, 2 * c, job.single)
+            b_im = number(job.bias, 2 * c + 1, job.single)
         wide[c] = 1.0 if is_wide(rr, ii, ri, job.eps) else 0.0
         k_re, k_im = mean[2 * c], mean[2 * c + 1]
         if wide[c] == 0.0:
@@ -127,23 +138,21 @@ def map_backward(pointer_to_job):
     """
     job = carray(pointer_to_job, (1,))[0]
     c_all, m = job.channels, job.count
-    covar, weight = doubles(job.covar, 3 * c_all), doubles(job.weight, 3 * c_all)
+    covar, row = doubles(job.covar, 3 * c_all), table(job.map, 12, c_all)
     total, product = doubles(job.total, 2 * c_all), doubles(job.product, 4 * c_all)
     mean, shift = doubles(job.mean, 2 * c_all), table(job.shift, 2, c_all)
-    row, weight_grad = table(job.map, 12, c_all), doubles(job.weight_grad, 3 * c_all)
     for c in range(c_all):
         rr, ii, ri = covar[3 * c], covar[3 * c + 1], covar[3 * c + 2]
         s, t = roots(rr, ii, ri, job.eps, math.sqrt)
         r_rr, r_ii, r_ri = inverse_root(rr, ii, ri, job.eps, s, t)
-        w_rr = w_ii = 1.0
-        w_ri = 0.0
-        if job.weight != 0:
-            w_rr, w_ii, w_ri = weight[3 * c], weight[3 * c + 1], weight[3 * c + 2]
+        w_rr, w_ii, w_ri = weight_of(job, c)
         g_rr, g_ri = product[4 * c], product[4 * c + 1]
         g_ir, g_ii = product[4 * c + 2], product[4 * c + 3]
-        weight_grad[3 * c] = g_rr * r_rr + g_ri * r_ri
-        weight_grad[3 * c + 1] = g_ir * r_ri + g_ii * r_ii
-        weight_grad[3 * c + 2] = g_rr * r_ri + g_ri * r_ii + g_ir * r_rr + g_ii * r_ri
+        to, single = job.weight_grad, job.single
+        set_number(to, 3 * c, single, g_rr * r_rr + g_ri * r_ri)
+        set_number(to, 3 * c + 1, single, g_ir * r_ri + g_ii * r_ii)
+        both = g_rr * r_ri + g_ri * r_ii + g_ir * r_rr + g_ii * r_ri
+        set_number(to, 3 * c + 2, single, both)
         a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
         a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
         p_rr = p_ii = p_ri = c_re = c_im = 0.0

@@ -55,7 +55,7 @@ def single(work: type, dtype: type, step: int) -> Form:
     return Form(1, get, put, fill, totals, *in_pairs())
 
 
-def interleaved(dtype: type) -> Form:
+def interleaved(dtype: type, write: Callable) -> Form:
     """A vector that holds re, im, re, im, ... as they lie in memory."""
 
     @tiny
@@ -64,7 +64,7 @@ def interleaved(dtype: type) -> Form:
 
     @tiny
     def put(re, _, i, cell):
-        lanes.store(re, 2 * i, cell)
+        write(re, 2 * i, cell)
 
     @tiny
     def fill(re, im):
@@ -75,7 +75,7 @@ def interleaved(dtype: type) -> Form:
     return Form(count, get, put, fill, lanes.totals, *operations)
 
 
-def apart(dtype: type) -> Form:
+def apart(dtype: type, write: Callable) -> Form:
     """A vector of real parts and one of imaginary parts."""
 
     @tiny
@@ -84,8 +84,8 @@ def apart(dtype: type) -> Form:
 
     @tiny
     def put(re, im, i, cell):
-        lanes.store(re, i, cell[0])
-        lanes.store(im, i, cell[1])
+        write(re, i, cell[0])
+        write(im, i, cell[1])
 
     @tiny
     def fill(re, im):
@@ -99,8 +99,8 @@ def apart(dtype: type) -> Form:
     return Form(lanes.BYTES // dtype(0).itemsize, get, put, fill, totals, *in_pairs())
 
 
-def vectors(dtype: type, step: int) -> Form:
-    return interleaved(dtype) if step == 2 else apart(dtype)
+def vectors(dtype: type, step: int, write: Callable = lanes.store) -> Form:
+    return interleaved(dtype, write) if step == 2 else apart(dtype, write)
 
 
 def in_pairs():

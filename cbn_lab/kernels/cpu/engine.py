@@ -16,12 +16,16 @@ import torch
 from torch import Tensor
 
 from cbn_lab.kernels.cpu import native
-from cbn_lab.kernels.cpu.job import Job
+from cbn_lab.kernels.cpu.job import TILE, Job
 from cbn_lab.kernels.layout import Layout, in_and_out, in_step, outputs_like, walkable
 
 TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, little enough to share
 TASKS = 256  # at most about so many parts: each costs a row of sums
 SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
+TASK_ROWS = 512  # a task costs something by itself, which grows with the channels as its rows do
+LINE = 64  # bytes, of a cache line and of a vector
+ROOM, ROOMS = 1 << 18, 8  # bytes of scratch memory kept for the next call, and how many times
+_rooms: list[ctypes.Array] = []
 
 
 @functools.cache
@@ -69,6 +73,8 @@ class Plan(NamedTuple):
     size: int  # bytes of a real number
     slices: int  # rows of partial sums
     threads: int  # that are worth starting
+    streams: tuple[str, ...]  # the sweeps that write past the cache
+    like: dict[int, Tensor]  # float64 tensors of shape (C, k): to make others like them is quick
 
 
 @functools.lru_cache(1024)
@@ -89,7 +95,22 @@ def plan(
     if found.samples * found.channels * found.length * 2 * size <= SERIAL_BYTES:
         threads = 1
     code = loops(real, dtype.is_complex, found.rows)
-    return Plan(found, code, bytes(job), dtype.is_complex, step, size, slices, min(tasks, threads))
+    fixed = bytes(job), dtype.is_complex, step, size, slices, min(tasks, threads)
+    like = {k: torch.empty(found.channels, k, dtype=torch.float64, device="cpu") for k in (2, 3, 4)}
+    return Plan(found, code, *fixed, streams(fresh, step * size, 2 * size), like)
+
+
+def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
+    """The sweeps whose data do not fit the cache, so that the result would not stay there anyway.
+
+    Only whole lines can be written past it: each row or plane of the result must begin with one.
+    """
+    pitches = (fresh.sample,) if fresh.rows else (fresh.sample, fresh.channel)
+    if any(pitch * value % LINE for pitch in pitches):
+        return ()
+    size = fresh.samples * fresh.channels * fresh.length * element
+    tensors = {"apply": 2, "apply_backward": 3}
+    return tuple(name for name, count in tensors.items() if count * size >= native.cache_bytes())
 
 
 def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
@@ -98,16 +119,26 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
     job.samples, job.channels, job.length, job.count = n, c, length, n * length
     job.sample_block, job.channel_block, job.length_block = 1, c, length
     if rows:
-        parts = min(TASKS, max(1, length * c * element // (2 * TASK_BYTES)))
-        job.length_block = -(-length // parts)
+        job.channel_block = ceil_to(16, ceil_divide(c, ceil_divide(c, TILE)))
+        size = length * job.channel_block * element
+        parts = min(TASKS, size // (2 * TASK_BYTES), length // TASK_ROWS)
+        job.length_block = ceil_divide(length, max(1, parts))
     elif length * element > 4 * TASK_BYTES:  # one channel of one sample is long
         job.channel_block = 1
-        job.length_block = max(TASK_BYTES // element, length * n // TASKS)
+        job.length_block = ceil_to(LINE, max(TASK_BYTES // element, length * n // TASKS))
     else:
         job.sample_block = min(n, max(1, TASK_BYTES // (c * length * element), n // TASKS))
         job.channel_block = min(c, max(1, TASK_BYTES // (length * element)))
-    slices = -(-n // job.sample_block) * -(-length // job.length_block)
-    return slices, slices * -(-c // job.channel_block)
+    slices = ceil_divide(n, job.sample_block) * ceil_divide(length, job.length_block)
+    return slices, slices * ceil_divide(c, job.channel_block)
+
+
+def ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def ceil_to(unit: int, a: int) -> int:
+    return ceil_divide(a, unit) * unit
 
 
 class Sweep:
@@ -115,7 +146,8 @@ class Sweep:
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         """``parts``: one complex tensor, or the real and the imaginary one."""
-        first, threads, self.like = parts[0], torch.get_num_threads(), None
+        self.room, self.like = None, None
+        first, threads = parts[0], torch.get_num_threads()
         self.plan = plan(first.shape, first.stride(), first.dtype, threads)
         if self.plan is None:
             first, reordered = walkable(first)
@@ -134,25 +166,49 @@ class Sweep:
         setattr(self.job, name + "_re", start)
         setattr(self.job, name + "_im", other)
 
-    def _small(self, name: str, tensor: Tensor | None) -> None:
-        """Hand over a small tensor as contiguous float64."""
-        if tensor is not None:
-            if tensor.dtype is not torch.float64 or not tensor.is_contiguous():
-                tensor = tensor.detach().to(torch.float64).contiguous()
+    def _small(self, name: str, tensor: Tensor) -> None:
+        """Hand over a small tensor of contiguous float64."""
+        if tensor.dtype is not torch.float64 or not tensor.is_contiguous():
+            tensor = tensor.to(torch.float64).contiguous()
+        self.keep.append(tensor)
+        setattr(self.job, name, tensor.data_ptr())
+
+    def _parameters(self, weight: Tensor | None, bias: Tensor | None) -> None:
+        """Hand over weight and bias: as they are if both are float32, else in float64."""
+        given = {"weight": weight, "bias": bias}
+        given = {name: tensor.detach() for name, tensor in given.items() if tensor is not None}
+        single = bool(given) and all(tensor.dtype is torch.float32 for tensor in given.values())
+        self.job.single = single
+        for name, tensor in given.items():
+            tensor = tensor.contiguous() if single else tensor.to(torch.float64).contiguous()
             self.keep.append(tensor)
             setattr(self.job, name, tensor.data_ptr())
 
     def _room(self, *names_and_columns: tuple[str, int]) -> None:
-        """Scratch memory, C float64 numbers a column, all of it from one allocation."""
+        """Scratch memory, C float64 numbers a column, all of it in one place."""
         c = self.plan.layout.channels
-        room = torch.empty(
-            c * sum(k for _, k in names_and_columns), dtype=torch.float64, device="cpu"
-        )
-        self.keep.append(room)
-        at = room.data_ptr()
+        size = 8 * c * sum(k for _, k in names_and_columns)
+        at = self._borrow() if size <= ROOM else self._allocate(size)
         for name, columns in names_and_columns:
             setattr(self.job, name, at)
             at += 8 * c * columns
+
+    def _borrow(self) -> int:
+        """The address of ROOM bytes, which other calls get once this one is done with them."""
+        try:
+            self.room = _rooms.pop()
+        except IndexError:
+            self.room = ctypes.create_string_buffer(ROOM)
+        return ctypes.addressof(self.room)
+
+    def _allocate(self, size: int) -> int:
+        room = torch.empty(size, dtype=torch.uint8, device="cpu")
+        self.keep.append(room)
+        return room.data_ptr()
+
+    def __del__(self) -> None:
+        if self.room is not None and len(_rooms) < ROOMS:
+            _rooms.append(self.room)
 
     def _run(self, name: str) -> None:
         self.plan.loops[name](self.address)
@@ -168,6 +224,8 @@ class Sweep:
             for part in out:
                 native.ask_for_huge_pages(part)
         self._place("y", out)
+        aligned = not any(part.data_ptr() % LINE for part in out)
+        self.job.stream = name in self.plan.streams and aligned
         self._sweep(name)
         if self.like is None:
             return out
@@ -176,9 +234,7 @@ class Sweep:
         )
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        c = self.plan.layout.channels
-        mean = torch.empty(c, 2, dtype=torch.float64, device="cpu")
-        covar = torch.empty(c, 3, dtype=torch.float64, device="cpu")
+        mean, covar = (torch.empty_like(self.plan.like[k]) for k in (2, 3))
         self._room(("partial", 6 * self.plan.slices), ("shift", 2), ("wide", 1), ("map", 12))
         self._small("mean", mean)
         self._small("covar", covar)
@@ -196,8 +252,7 @@ class Sweep:
     ) -> tuple[Tensor, ...]:
         self._small("mean", mean)
         self._small("covar", covar)
-        self._small("weight", weight)
-        self._small("bias", bias)
+        self._parameters(weight, bias)
         if not self.job.map:
             self._room(("map", 12), ("wide", 1))
         self._run("map_forward")
@@ -213,14 +268,12 @@ class Sweep:
         self._run("shift_to_mean")
 
     def gram(self) -> tuple[Tensor, Tensor]:
-        c = self.plan.layout.channels
-        total = torch.empty(c, 2, dtype=torch.float64, device="cpu")
-        product = torch.empty(c, 2, 2, dtype=torch.float64, device="cpu")
+        total, product = (torch.empty_like(self.plan.like[k]) for k in (2, 4))
         self._small("total", total)
         self._small("product", product)
         self._sweep("gram")
         self._run("finish_gram")
-        return total, product
+        return total, product.view(-1, 2, 2)
 
     def apply_backward(
         self,
@@ -231,11 +284,12 @@ class Sweep:
         need_input: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor]:
         """Gradients of the input and of the weight; ``count`` None: the statistics were given."""
-        weight_grad = torch.empty(self.plan.layout.channels, 3, dtype=torch.float64, device="cpu")
-        self._small("weight", weight)
+        self._parameters(weight, None)
+        like = self.plan.like[3]
+        weight_grad = torch.empty_like(like, dtype=torch.float32 if self.job.single else None)
         self._small("total", total)
         self._small("product", product)
-        self._small("weight_grad", weight_grad)
+        self.job.weight_grad = weight_grad.data_ptr()
         self.job.training, self.job.count = (0, 1) if count is None else (1, count)
         self._run("map_backward")
         if not need_input:

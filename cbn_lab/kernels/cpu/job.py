@@ -2,6 +2,8 @@
 
 import ctypes
 
+TILE = 1024  # channels that a task in rows has at most
+
 INTEGERS = (
     "counter",  # the next task; comes first, the loops count at the address of the structure
     "samples",  # N; 1 where the layout is rows
@@ -14,10 +16,12 @@ INTEGERS = (
     "training",  # 0: mean and covariance are constants
     "only_wide",  # do only the channels marked as wide
     "wide_found",  # how many finish_moments has marked
+    "stream",  # write the result past the cache
     # Addresses of the real and imaginary parts of input, output gradient and result; their strides
     # from sample to sample (row to row) and from channel to channel, in real numbers.
     *(f"{a}_{b}" for a in ("x", "g", "y") for b in ("re", "im", "sample", "channel")),
-    # Addresses of small float64 arrays.
+    "single",  # weight, its gradient and bias are float32
+    # Addresses of small arrays, float64 unless "single" says otherwise.
     "partial",  # (parts, 6, C) sums
     "shift",  # (2, C) the point about which sums are taken
     "wide",  # (C,) whether the channel is done in float64

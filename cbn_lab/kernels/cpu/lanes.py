@@ -61,6 +61,21 @@ def store(typing, base, i, lanes):
 
 
 @intrinsic
+def stream(typing, base, i, lanes):
+    """Store a whole cache line, which base[i] must begin, past the cache.
+
+    An ordinary store first reads the line that it is about to overwrite.
+    """
+
+    def generate(context, builder, signature, args):
+        where = _at(builder, lanes, args[0], args[1])
+        once = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+        builder.store(args[2], where, align=BYTES).set_metadata("nontemporal", once)
+
+    return types.void(base, types.int64, lanes), generate
+
+
+@intrinsic
 def pairs(typing, a, b):
     """(a, b, a, b, ...)"""
     kind = Lanes(a)

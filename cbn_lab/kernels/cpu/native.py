@@ -28,7 +28,7 @@ import torch
 
 _lock = threading.RLock()
 _keep_alive: list[object] = []
-HUGE = 32 << 20  # bytes; the C library takes anything larger fresh from the system
+HUGE = 4 << 20  # bytes; a result of that size is often fresh from the system
 Loop = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
@@ -184,6 +184,16 @@ def _openmp() -> Callable | None:
 @functools.cache
 def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads - 1, thread_name_prefix="cbn_lab")
+
+
+@functools.cache
+def cache_bytes() -> int:
+    """The last cache before memory, as Linux has it; 32 MiB, a usual size, elsewhere."""
+    try:
+        text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")
+        return int(text.strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        return 32 << 20
 
 
 @functools.cache

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cbn_lab.kernels.cpu import cells
+from cbn_lab.kernels.cpu import cells, lanes
 from cbn_lab.kernels.cpu.cells import BACKWARD, FORWARD, GRAM, MOMENTS
 from cbn_lab.kernels.cpu.tools import doubles, fast, places, plain, table
 
@@ -82,6 +82,7 @@ def blocks(dtype, step):
 
     def maps(which):
         whole, rest, wide_all = (mapping(form, which) for form in (vector, one, double))
+        whole_streamed = mapping(cells.vectors(dtype, step, lanes.stream), which)
 
         @plain
         def block(job, part, n0, n1, c0, c1, start, end):
@@ -92,7 +93,10 @@ def blocks(dtype, step):
                     if wide[c] != 0.0:
                         wide_all(where, 0, length, row, c)
                     else:
-                        done = whole(where, 0, length, row, c)
+                        if job.stream != 0:
+                            done = whole_streamed(where, 0, length, row, c)
+                        else:
+                            done = whole(where, 0, length, row, c)
                         rest(where, done, length, row, c)
 
         return block

@@ -1,8 +1,8 @@
 """The sweeps where the channels lie side by side, as in channels_last and in (N, C).
 
-A task is done in tiles: some rows of so many channels that their sums and maps stay in the
-first-level cache, on the stack. A tile keeps its numbers in groups of two columns, in the order in
-which the data have real and imaginary parts: alternating, or one column after the other.
+A task has so many channels at most that their sums and maps stay in the nearest cache, in a tile
+on the stack. There all that a vector of channels needs stands together: group by group, each with
+real and imaginary parts as the data have them, alternating or one vector after the other.
 """
 
 import numpy as np
@@ -10,12 +10,12 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from cbn_lab.kernels.cpu import cells
+from cbn_lab.kernels.cpu import cells, lanes
 from cbn_lab.kernels.cpu.cells import BACKWARD, FORWARD, GRAM, MOMENTS
+from cbn_lab.kernels.cpu.job import TILE
 from cbn_lab.kernels.cpu.tools import (
     access,
     ahead,
-    ceil_divide,
     doubles,
     fast,
     places,
@@ -25,15 +25,14 @@ from cbn_lab.kernels.cpu.tools import (
     tiny,
 )
 
-TILE = 1024  # channels
-PITCH = TILE + 16  # from column to column: groups must not compete for one place in the cache
+GROUPS = {MOMENTS: 4, GRAM: 4, FORWARD: 4, BACKWARD: 6}  # centre and sums, or the map
 ROWS = 256  # summed in the working precision before they go to float64
-TOGETHER = 4  # rows that share one visit to the tile
+NARROW = 256  # channels: with fewer, a tile stays in the nearest cache while rows run by it
 
 
 @intrinsic
 def tile_on_stack(typing, dtype):
-    """Room for twelve columns that needs no allocation: 50 KB, in float64 100 KB.
+    """Room for six groups that needs no allocation: 48 KB, in float64 96 KB.
 
     Threads have at least 512 KB of stack everywhere, unless OMP_STACKSIZE asks for less.
     """
@@ -42,53 +41,55 @@ def tile_on_stack(typing, dtype):
     def generate(context, builder, signature, args):
         number = context.get_value_type(dtype.dtype)
         with builder.goto_entry_block():  # numba's own function fills it with zeros
-            room = builder.alloca(ir.ArrayType(number, 12 * PITCH))
+            room = builder.alloca(ir.ArrayType(number, 12 * TILE))
         room.align = 64  # a cache line: no vector lies across two
         return builder.bitcast(room, number.as_pointer())
 
     return kind(dtype), generate
 
 
-def columns(step):
-    """Where the two columns of group ``index`` begin."""
+def homes(dtype, step, which):
+    """Where a tile keeps the pair of numbers that ``group`` has for channel i."""
+    wide = cells.vectors(dtype, step).count
+    pitch = 2 * wide * GROUPS[which]
 
     @tiny
-    def group(tile, index):
-        start = ahead(tile, 2 * index * PITCH)
-        return start, (start if step == 2 else ahead(start, PITCH))
+    def home(tile, group, i):
+        re = ahead(tile, i // wide * pitch + 2 * wide * group)
+        return re, (re if step == 2 else ahead(re, wide)), i % wide
 
-    return group
+    return home
 
 
-def moving(dtype, step):
+def moving(dtype, step, which):
     """Between a group of a tile and two rows of a float64 table, whose rows are ``pitch`` long."""
     re_at, im_at, put_re, put_im = access(step)
-    group = columns(step)
+    home = homes(dtype, step, which)
 
     @plain
-    def fill(tile, index, address, pitch, row, n):
-        re, im = group(tile, index)
+    def fill(tile, group, address, pitch, row, n):
         a = pointer(address + 8 * pitch * row, np.float64)
         b = pointer(address + 8 * pitch * (row + 1), np.float64)
         for i in range(n):
-            put_re(re, i, dtype(a[i]))
-            put_im(im, i, dtype(b[i]))
+            re, im, k = home(tile, group, i)
+            put_re(re, k, dtype(a[i]))
+            put_im(im, k, dtype(b[i]))
 
     @plain
-    def clear(tile, index, n):
-        re, im = group(tile, index)
+    def clear(tile, group, n):
         for i in range(n):
-            put_re(re, i, dtype(0))
-            put_im(im, i, dtype(0))
+            re, im, k = home(tile, group, i)
+            put_re(re, k, dtype(0))
+            put_im(im, k, dtype(0))
 
     @plain
-    def add_to(address, pitch, row, tile, index, n):
-        re, im = group(tile, index)
+    def add_to(address, pitch, row, tile, group, n):
         a = pointer(address + 8 * pitch * row, np.float64)
         b = pointer(address + 8 * pitch * (row + 1), np.float64)
         for i in range(n):
-            a[i] += re_at(re, i)
-            b[i] += im_at(im, i)
+            re, im, k = home(tile, group, i)
+            a[i] += re_at(re, k)
+            b[i] += im_at(im, k)
 
     return fill, clear, add_to
 
@@ -103,20 +104,20 @@ def below(at, j, pitch):
     )  # fmt: skip
 
 
-def strip(form, step, which):
+def strip(form, dtype, step, which):
     """Do the channels start … n of so many rows, as far as they fill whole cells; say how far."""
-    formula, group = cells.formulas(form)[which], columns(step)
+    formula, home = cells.formulas(form)[which], homes(dtype, step, which)
     count, get, put = form.count, form.get, form.put
 
     @tiny
-    def stored(tile, index, i):
-        re, im = group(tile, index)
-        return get(re, im, i)
+    def stored(tile, group, i):
+        re, im, k = home(tile, group, i)
+        return get(re, im, k)
 
     @tiny
-    def store(tile, index, i, cell):
-        re, im = group(tile, index)
-        put(re, im, i, cell)
+    def store(tile, group, i, cell):
+        re, im, k = home(tile, group, i)
+        put(re, im, k, cell)
 
     @fast
     def sums(at, rows, pitch, start, n, tile):
@@ -148,21 +149,28 @@ def strip(form, step, which):
 def all_rows(dtype, step, which):
     """Do n channels from c on of the rows top … bottom.
 
-    Rows that are done together lie far apart. Each of them then goes on where it was, as the
-    processor's prefetching expects; neighbouring ones took three times as long.
+    Two or four rows share a visit to the tile, four where it is large. They lie far apart: each
+    then goes on where it was, as the processor's prefetching expects. Neighbouring ones took three
+    times as long, and so did more than eight streams of data at a time.
     """
-    whole = strip(cells.vectors(dtype, step), step, which)
-    rest, at = strip(cells.single(dtype, dtype, step), step, which), places(dtype, step)
+    whole = streamed = strip(cells.vectors(dtype, step), dtype, step, which)
+    if which in (FORWARD, BACKWARD):
+        streamed = strip(cells.vectors(dtype, step, lanes.stream), dtype, step, which)
+    rest, at = strip(cells.single(dtype, dtype, step), dtype, step, which), places(dtype, step)
+    few = which == GRAM
 
     @plain
     def run(job, tile, c, n, top, bottom):
         while top < bottom:
-            count = min(TOGETHER, bottom - top)
+            count = min(2 if few or n <= NARROW else 4, bottom - top)
             share = (bottom - top) // count
             pitch = job.x_sample * share, job.g_sample * share, job.y_sample * share
             for r in range(top, top + share):
                 where = at(job, r, c, 0)
-                done = whole(where, count, pitch, 0, n, tile)
+                if job.stream != 0:
+                    done = streamed(where, count, pitch, 0, n, tile)
+                else:
+                    done = whole(where, count, pitch, 0, n, tile)
                 if done < n:
                     rest(where, count, pitch, done, n, tile)
             top += count * share
@@ -196,15 +204,8 @@ def one_channel(dtype, step, which):
     return maps if which in (FORWARD, BACKWARD) else sums
 
 
-@plain
-def tile_width(channels):
-    """So that tiles are about equally wide, no wider than TILE."""
-    return ceil_divide(ceil_divide(channels, ceil_divide(channels, TILE)), 16) * 16
-
-
 def blocks(dtype, step):
     """What to do with one task of each sweep: all channels fast, then the wide ones again."""
-    fill, clear, add_to = moving(dtype, step)
     at, (re_at, im_at, _, _) = places(dtype, step), access(step)
 
     @plain
@@ -220,24 +221,22 @@ def blocks(dtype, step):
 
     def sums(which):
         run, run_wide = all_rows(dtype, step, which), one_channel(dtype, step, which)
+        fill, clear, add_to = moving(dtype, step, which)
 
         @plain
         def narrow(job, partial, c0, c1, start, end):
-            tile, pitch, width = tile_on_stack(dtype), job.channels, tile_width(c1 - c0)
+            tile, pitch, n = tile_on_stack(dtype), job.channels, c1 - c0
             sums_here = table(partial, 6, job.channels)
             for k in range(6):
                 for c in range(c0, c1):
                     sums_here[k, c] = 0.0
+            fill(tile, 0, job.shift + 8 * c0, pitch, 0, n)
             for top in range(start, end, ROWS):
-                for k in range(ceil_divide(c1 - c0, width)):
-                    c = c0 + k * width
-                    n = min(width, c1 - c)
-                    fill(tile, 0, job.shift + 8 * c, pitch, 0, n)
-                    clear(tile, 1, n), clear(tile, 2, n), clear(tile, 3, n)
-                    run(job, tile, c, n, top, min(top + ROWS, end))
-                    add_to(partial + 8 * c, pitch, 0, tile, 1, n)
-                    add_to(partial + 8 * c, pitch, 2, tile, 2, n)
-                    add_to(partial + 8 * c, pitch, 4, tile, 3, n)
+                clear(tile, 1, n), clear(tile, 2, n), clear(tile, 3, n)
+                run(job, tile, c0, n, top, min(top + ROWS, end))
+                add_to(partial + 8 * c0, pitch, 0, tile, 1, n)
+                add_to(partial + 8 * c0, pitch, 2, tile, 2, n)
+                add_to(partial + 8 * c0, pitch, 4, tile, 3, n)
 
         @plain
         def block(job, part, _, __, c0, c1, start, end):
@@ -252,19 +251,16 @@ def blocks(dtype, step):
 
     def maps(which):
         run, run_wide = all_rows(dtype, step, which), one_channel(dtype, step, which)
-        groups = 4 if which == FORWARD else 6
+        fill, _, _ = moving(dtype, step, which)
+        groups = GROUPS[which]
 
         @plain
         def block(job, part, _, __, c0, c1, start, end):
-            tile, width = tile_on_stack(dtype), tile_width(c1 - c0)
+            tile, n = tile_on_stack(dtype), c1 - c0
             wide = doubles(job.wide, job.channels)
-            for top in range(start, end, ROWS):
-                for k in range(ceil_divide(c1 - c0, width)):
-                    c = c0 + k * width
-                    n = min(width, c1 - c)
-                    for index in range(groups):
-                        fill(tile, index, job.map + 8 * c, job.channels, 2 * index, n)
-                    run(job, tile, c, n, top, min(top + ROWS, end))
+            for group in range(groups):
+                fill(tile, group, job.map + 8 * c0, job.channels, 2 * group, n)
+            run(job, tile, c0, n, start, end)
             for c in range(c0, c1):
                 if wide[c] != 0.0:
                     run_wide(job, part, c, start, end)

@@ -51,6 +51,22 @@ def doubles(address, count):
 
 
 @plain
+def number(address, i, single):
+    """Number i of a small array, which may be of float32."""
+    if single != 0:
+        return float(pointer(address, numba.float32)[i])
+    return pointer(address, numba.float64)[i]
+
+
+@plain
+def set_number(address, i, single, value):
+    if single != 0:
+        pointer(address, numba.float32)[i] = numba.float32(value)
+    else:
+        pointer(address, numba.float64)[i] = value
+
+
+@plain
 def table(address, rows, columns):
     """A table of float64 numbers."""
     return carray(pointer(address, numba.float64), (rows, columns))
