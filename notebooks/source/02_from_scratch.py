@@ -1,8 +1,8 @@
 # %% [markdown]
 # # 2. Batch norm from scratch
 #
-# > *I wrote `(x - x.mean()) / x.std()`. My numbers come close to those of `nn.BatchNorm2d`, and never
-# > agree. What exactly does it compute, and how close is close enough?*
+# > *I take away each channel's mean and divide by its `std`. My numbers come close to those of
+# > `nn.BatchNorm2d`, and never agree. What exactly does it compute, and how close is close enough?*
 #
 # **Afterwards you can** write a batch norm layer that agrees with PyTorch's in training and in
 # evaluation, tell a rounding error from a mistake, and have your layer graded.

@@ -409,7 +409,8 @@ forms = {"formula": formula, "folded": folded, "Function": by_hand, "nn.BatchNor
 
 # %%
 guess_saved = predict(
-    "How many times the input's size does `formula` keep for its backward?", ["1", "2", "3", "4"]
+    "How many times the input's size does the plain formula keep for its backward?",
+    ["1", "2", "3", "4"],
 )
 guess_saved
 

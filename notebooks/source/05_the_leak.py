@@ -128,7 +128,8 @@ guess_nodes.compare("more than 500" if leaking[-1] > 500 else "about 30")
 
 # %% [markdown]
 # Two of the three buffers have a `grad_fn`, and behind it stands **the graph of all 30 steps.** A
-# healthy buffer has none.
+# healthy buffer has none. (`depth` is the longest chain of nodes, `retained` what they keep in memory,
+# `origin` the line that made the history. A dash: it could not be told.)
 #
 # ## Why
 #

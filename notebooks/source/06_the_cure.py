@@ -67,9 +67,9 @@ guess_inplace.compare(
 )
 
 # %% [markdown]
-# **All of them.** Autograd does not mind that a tensor was written in place: the buffer's `grad_fn` is
-# replaced, and the old one becomes its predecessor. Writing slices is the worst, since each of them is
-# an operation of its own.
+# **All of them.** Writing in place only *looks* like a cure. Autograd does not mind it: the buffer's
+# `grad_fn` is replaced, and the old one becomes its predecessor. Writing slices is the worst, since each
+# of them is an operation of its own.
 #
 # ## Three cures
 #
@@ -121,8 +121,10 @@ print(f"{sum(same)} of {len(same)} tensors are the same to the last bit")
 #
 # ### Exercise: cure it (★☆☆, 5 minutes)
 #
-# Write the update of one statistic so that nothing is kept. `module` is the layer, `name` the name of
-# the buffer, `batch` the new value, `f` the factor. Read the buffer with `getattr(module, name)`.
+# Write the update of one statistic so that nothing is kept **and** the buffer stays the same tensor, as
+# in `nn.BatchNorm2d`: whoever else holds it then sees the new value too. `module` is the layer, `name`
+# the name of the buffer, `batch` the new value, `f` the factor. Read the buffer with
+# `getattr(module, name)`.
 
 
 # %% exercise="cure"
@@ -136,7 +138,7 @@ check("cure", cured_update)
 # %% [markdown]
 # <details><summary>Hint</summary>
 #
-# Writing in place *and* recording nothing. The buffer stays the same tensor, as in `nn.BatchNorm2d`.
+# Two of the lines above, put together: one that writes in place, and one that records nothing.
 #
 # </details>
 

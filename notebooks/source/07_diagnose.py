@@ -303,6 +303,8 @@ print("exit status", done.returncode)
 # the frame that raised it, and the frame to its tensors. How could a tool still see that memory grows?
 #
 # **Sources.** PyTorch documentation, *Understanding CUDA memory usage*. Requests for such a tool:
-# pytorch#42815, #91692, #82528.
+# [pytorch#42815](https://github.com/pytorch/pytorch/issues/42815),
+# [#91692](https://github.com/pytorch/pytorch/issues/91692),
+# [#82528](https://github.com/pytorch/pytorch/issues/82528).
 #
 # Next: [8. Make it fast](08_make_it_fast.ipynb)

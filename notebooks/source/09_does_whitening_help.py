@@ -227,7 +227,8 @@ for method, accuracy in live.items():
 # ## The result
 #
 # Before you look: at circularity 0 the naive layer leaves each cloud as elongated as the reference
-# phase would have it, and whitening makes all of them round.
+# phase would have it, and whitening makes all of them round. (You get the answer further down, with the
+# differences: the intervals of the next picture are too wide to decide it.)
 
 # %%
 guess_zero = predict(
@@ -412,8 +413,9 @@ ResultsExplorer(results)
 # %% [markdown]
 # ## Why so little? Look inside
 #
-# The circularity is set at the **input**. What arrives at the layers inside? The first complex weight
-# matrix adds up 64 detectors with random phases of its own.
+# The circularity is set at the **input**. (The noise on top of it is circular, so that even at
+# circularity 0 the input's $q$ is less than 1.) What arrives at the layers inside? The first complex
+# weight matrix adds up 64 detectors with random phases of its own.
 
 # %%
 guess_inside = predict(

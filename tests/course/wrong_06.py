@@ -47,6 +47,10 @@ WRONG = {
             HEAD + "    delattr(module, name)\n" + REBIND.format("batch.detach()"),
             "is no buffer any more",
         ),
+        (
+            HEAD + REBIND.format("(f * batch + (1 - f) * getattr(module, name)).detach()"),
+            "in another tensor",
+        ),
     ],
     "neither": [
         (step(first="with torch.no_grad():"), "cut off from the graph"),

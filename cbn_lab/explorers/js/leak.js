@@ -137,63 +137,97 @@ function columnTitle(column, step, top) {
     : svg("text", { x, y: top - 12, "text-anchor": "middle" }, text);
 }
 
-function drawGraph(picture, nodes, { nodes: count, step }, width) {
+/** The box of a node, made once and then moved: to lay out its text is what costs. */
+function moved(node, { x, y, w }, mark) {
+  node.box ??= box({ x: 0, y: 0, w }, shortName(node.name), "", node.name);
+  return set(node.box, { class: `cbn-node ${mark}`, transform: `translate(${x} ${y})` });
+}
+
+/** Have a group hold just these children; those that it has already are not touched. */
+function keep(group, children) {
+  const wanted = new Set(children);
+  for (const child of [...group.children]) wanted.has(child) || child.remove();
+  for (const child of children) child.parentNode === group || group.append(child);
+}
+
+function graphPicture() {
+  const parts = { edges: svg("path", { class: "cbn-edges" }), boxes: svg("g"), notes: svg("g") };
+  return { ...parts, picture: svg("svg", { class: "cbn-picture", role: "img" }, ...Object.values(parts)) };
+}
+
+function drawGraph({ picture, edges: lines, boxes, notes }, nodes, { nodes: count, step }, width) {
   const layout = leakLayout(nodes, step, width);
   const height = layout.top + layout.levels * BOX.row;
   const places = placeNodes(nodes, layout, height);
   const fold = { x: 1, y: layout.top - 10, w: FOLD.width, h: FOLD.height };
   const drawn = nodes.filter((node) => node.step <= step && places.has(node));
-  const parts = layout.columns.map((column) => columnTitle(column, step, layout.top));
-  parts.push(...bufferParts(layout, places, step, width));
+  const said = layout.columns.map((column) => columnTitle(column, step, layout.top));
+  said.push(...bufferParts(layout, places, step, width));
   const edges = [];
   for (const node of drawn) {
     const fresh = node.step === step && !node.sink;
     const mark = node.sink ? "cbn-sink" : fresh ? "cbn-new" : "cbn-old";
-    parts.push(box(places.get(node), shortName(node.name), mark, node.name));
+    moved(node, places.get(node), mark);
     for (const k of node.links) {
       edges.push(edge(places.get(node), places.get(nodes[k]), node, nodes[k], fold));
     }
   }
   if (layout.folded > 0) {
     const steps = layout.folded === 1 ? "step 1" : `steps 1–${layout.folded}`;
-    parts.push(box(fold, `${steps}\n${count - drawn.length} nodes`, "cbn-fold", "older steps"));
+    said.push(box(fold, `${steps}\n${count - drawn.length} nodes`, "cbn-fold", "older steps"));
   }
   const sinks = drawn.filter((node) => node.sink).length;
   set(picture, { width, height: Math.max(height, 60) + sinks * (BOX.height + 6) });
-  picture.replaceChildren(svg("path", { class: "cbn-edges", d: edges.join("") }), ...parts);
+  set(lines, { d: edges.join("") });
+  keep(boxes, drawn.map((node) => node.box));
+  notes.replaceChildren(...said);
 }
 
-/** Nodes after each step; the scale is the same for all forms, so that they can be compared. */
-function drawBars(picture, recording, step, most, width) {
-  const steps = recording.nodes.length;
+function barPicture(steps) {
+  const label = svg("text", { "text-anchor": "middle" });
+  const parts = { axes: svg("g"), bars: svg("g"), label };
+  parts.bars.append(...Array.from({ length: steps }, () => svg("rect")));
+  return { ...parts, picture: svg("svg", { class: "cbn-picture", role: "img" }, ...Object.values(parts)) };
+}
+
+/** Both axes and their numbers; drawn again only where the width has changed. */
+function drawBarAxes(group, x, y, steps, most, width) {
+  if (group.dataset.key === String(width)) return;
+  group.dataset.key = width;
   const bottom = BAR.label + BAR.height;
-  const x = scale([0, steps], [34, Math.min(width, 520)]);
-  const y = scale([0, most], [bottom, BAR.label]);
-  const parts = [svg("path", { class: "cbn-line", d: `M${x(0)} ${BAR.label}V${bottom}H${x(steps)}` })];
   const middle = { "text-anchor": "middle" };
+  const parts = [svg("path", { class: "cbn-line", d: `M${x(0)} ${BAR.label}V${bottom}H${x(steps)}` })];
   for (const { value, text } of ticks(0, most, 3)) {
     parts.push(
       svg("path", { class: "cbn-line", d: `M${x(0)} ${y(value)}h-4` }),
       svg("text", { x: x(0) - 7, y: y(value) + 4, "text-anchor": "end" }, text),
     );
   }
-  recording.nodes.forEach((count, k) => {
-    const [left, wide] = [x(k) + 1.5, x(1) - x(0) - 3];
-    const shown = k < step ? count : 0;
-    const mark = k + 1 === step ? "cbn-bar cbn-bar-now" : "cbn-bar";
-    if (k === 0 || (k + 1) % 4 === 0) {
-      parts.push(svg("text", { x: left + wide / 2, y: bottom + 15, ...middle }, String(k + 1)));
-    }
-    parts.push(svg("rect", {
-      class: mark, x: left, y: y(shown), width: wide, height: bottom - y(shown),
-    }));
-    if (k + 1 === step) {
-      parts.push(svg("text", { x: left + wide / 2, y: y(shown) - 4, ...middle }, String(shown)));
-    }
-  });
+  for (let k = 1; k <= steps; k += k === 1 ? 3 : 4) {
+    parts.push(svg("text", { x: x(k - 0.5), y: bottom + 15, ...middle }, String(k)));
+  }
   parts.push(svg("text", { x: x(steps / 2), y: bottom + 31, ...middle }, "training step"));
+  group.replaceChildren(...parts);
+}
+
+/** Nodes after each step; the scale is the same for all forms, so that they can be compared. */
+function drawBars({ picture, axes, bars, label }, recording, step, most, width) {
+  const steps = recording.nodes.length;
+  const bottom = BAR.label + BAR.height;
+  const x = scale([0, steps], [34, Math.min(width, 520)]);
+  const y = scale([0, most], [bottom, BAR.label]);
+  drawBarAxes(axes, x, y, steps, most, width);
+  recording.nodes.forEach((count, k) => {
+    const shown = y(k < step ? count : 0);
+    set(bars.children[k], {
+      class: k + 1 === step ? "cbn-bar cbn-bar-now" : "cbn-bar",
+      x: x(k) + 1.5, y: shown, width: x(1) - x(0) - 3, height: bottom - shown,
+    });
+  });
+  const last = step === 0 ? "" : recording.nodes[step - 1];
+  set(label, { x: x(step - 0.5), y: y(last || 0) - 4 });
+  write(label, String(last));
   set(picture, { width, height: bottom + BAR.foot });
-  picture.replaceChildren(...parts);
 }
 
 /** Python's f"{value:,}". */
@@ -249,8 +283,8 @@ function leakControls(view) {
 
 function leakView({ model, el }) {
   const view = new View(model, el, ["update", "step", "backward"]);
-  const graph = svg("svg", { class: "cbn-picture", role: "img" });
-  const bars = svg("svg", { class: "cbn-picture", role: "img" });
+  const graph = graphPicture();
+  const bars = barPicture(model.get("_steps"));
   const code = html("code");
   const nodesOf = new Map(); // of each recording, found when it is first shown
   const all = Object.values(model.get("_recordings"));
@@ -259,23 +293,23 @@ function leakView({ model, el }) {
   view.root.style.setProperty("--cbn-label", "7em");
   view.drawing.append(
     html("pre", { class: "cbn-code" }, code),
-    graph,
+    graph.picture,
     html("p", { class: "cbn-hint" },
       "Each box is a node of the autograd graph; lines lead to what it was computed from. "
       + "Thick border: new in this step. Hover for a node's full name."),
     html("p", { class: "cbn-subtitle" }, "nodes behind running_mean"),
-    bars,
+    bars.picture,
   );
   view.draw = (width) => {
     const state = leakState(model);
     const { recording, step } = state;
     if (!nodesOf.has(recording)) nodesOf.set(recording, graphNodes(recording));
-    code.textContent = model.get("_code")[state.update];
+    write(code, model.get("_code")[state.update]);
     drawGraph(graph, nodesOf.get(recording), state, width);
     drawBars(bars, recording, step, most, width);
     const summary = leakSummary(state);
-    graph.setAttribute("aria-label", `The graph behind the buffer. ${summary}`);
-    bars.setAttribute("aria-label",
+    graph.picture.setAttribute("aria-label", `The graph behind the buffer. ${summary}`);
+    bars.picture.setAttribute("aria-label",
       `Nodes after each step: ${recording.nodes.slice(0, step).join(", ") || "no step yet"}.`);
     const { update, backward, nodes, bytes } = state;
     return { summary, drawn: { update, step, backward, nodes, bytes } };

@@ -1,9 +1,14 @@
 // What all explorers share: elements, axes, controls, and the life of one view.
 
+const REST = 100; // ms without a change after which Python is told
 const SVG = "http://www.w3.org/2000/svg";
 
+/** Only what differs is written: the whitened cloud, say, hardly ever moves. */
 function set(element, attributes) {
-  for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+  for (const [name, value] of Object.entries(attributes)) {
+    const text = String(value);
+    if (element.getAttribute(name) !== text) element.setAttribute(name, text);
+  }
   return element;
 }
 
@@ -17,6 +22,11 @@ function html(name, attributes = {}, ...children) {
   const element = set(document.createElement(name), attributes);
   element.append(...children);
   return element;
+}
+
+/** The text of an element, which is laid out again only where it is another one. */
+function write(element, text) {
+  if (element.textContent !== text) element.textContent = text;
 }
 
 /** Maps the interval [from0, from1] to [to0, to1]. */
@@ -50,10 +60,11 @@ function signed(value) {
   return text === "-0.00" ? "+0.00" : text.startsWith("-") ? text : `+${text}`;
 }
 
-const line = (points) => `M${points.map(([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`).join("L")}`;
+const tenth = (value) => Math.round(10 * value) / 10; // several times as quick as toFixed(1)
+const line = (points) => `M${points.map(([x, y]) => `${tenth(x)} ${tenth(y)}`).join("L")}`;
 
 /** One path for many points: drawn with round caps, each piece of length 0 is a dot. */
-const dots = (points) => points.map(([x, y]) => `M${x.toFixed(1)} ${y.toFixed(1)}h0`).join("");
+const dots = (points) => points.map(([x, y]) => `M${tenth(x)} ${tenth(y)}h0`).join("");
 
 /** A row that explains the marks: [{ label, mark }], mark being the class of a line or of dots. */
 function legend(entries) {
@@ -145,7 +156,9 @@ class View {
 
   listenToWidth() {
     const observer = new ResizeObserver(() => {
-      if (this.root.isConnected && this.drawing.clientWidth !== this.width) this.update();
+      if (!this.root.isConnected || this.drawing.clientWidth === this.width) return;
+      this.width = this.drawing.clientWidth;
+      this.update();
     });
     observer.observe(this.drawing);
     this.listen(this.controller.signal, "abort", () => observer.disconnect(), { signal: undefined });
@@ -165,15 +178,28 @@ class View {
   }
 
   update() {
-    this.width = this.drawing.clientWidth;
     for (const callback of this.followers) callback();
     const { summary, drawn } = this.draw(Math.max(300, this.width || 640));
-    if (this.caption.textContent !== summary) this.caption.textContent = summary;
+    write(this.caption, summary);
     this.model.set("drawn", drawn);
-    this.model.save_changes();
+    this.tellPython();
+  }
+
+  /** Once the hand rests: at each message JupyterLab draws the kernel's state, twice. */
+  tellPython() {
+    clearTimeout(this.timer);
+    this.untold = true;
+    this.timer = setTimeout(() => this.tellNow(), REST);
+  }
+
+  tellNow() {
+    clearTimeout(this.timer);
+    if (this.untold) this.model.save_changes();
+    this.untold = false;
   }
 
   close() {
+    this.tellNow();
     this.controller.abort();
     this.root.remove();
   }
