@@ -289,9 +289,14 @@ check("one sweep", covariance)
 # </details>
 
 # %% [markdown]
-# The kit's CPU engine does just that, in `cbn_lab/kernels/cpu`. Two refinements: the work is cut into
-# pieces that fit the cache, and the second loop runs **backwards**, so that it begins with what the first
-# one has just left there. The engine is an argument of the layer's function:
+# The kit's CPU engine does just that, in `cbn_lab/kernels/cpu`. Three refinements:
+#
+# - The work is cut into pieces that fit the cache.
+# - The second loop runs **backwards**, so that it begins with what the first one has just left there.
+# - A result too large for the cache is written **past** it. An ordinary write first *reads* the piece of
+#   memory that it is about to overwrite: a hidden sweep, which a copy pays as well.
+#
+# The engine is an argument of the layer's function:
 
 # %% tags=["nbval-check-output"]
 options = dict(running_mean=None, running_covar=None, weight=weight, bias=bias, training=True)
@@ -354,9 +359,9 @@ guess_ratio.compare(names[0 if ratio > 1.2 else 1 if ratio > 0.8 else 2])
 # %% [markdown]
 # The formula moves the most bytes and has the longest bar; the loops move the least, and theirs is the
 # shortest. In between it is close: an own backward saves memory for certain, time not always; `jit.trace`
-# stays near the folded form, whose bytes it moves. A bar between the two bounds: the second look found
-# values in the cache. A bar beyond eight sweeps: fresh memory, which the system must supply page by page,
-# and arithmetic.
+# stays near the folded form, whose bytes it moves. A bar below eight sweeps: the second look found
+# values in the cache, or writes were spared their hidden read. A bar beyond eight sweeps: fresh memory,
+# which the system must supply page by page, and arithmetic.
 #
 # `torch.compile` is missing above. Here are stored figures of a larger batch, with it:
 
@@ -383,12 +388,12 @@ print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", 
 #
 # - Whitening is limited by **memory traffic**, not by arithmetic: count sweeps before you time anything.
 #   Five are the least, eight what two passes need without a cache.
-# - The formula as written takes several times as many. Folding the affine and an own backward reduce them;
+# - The formula as written takes 90, more than ten times as many as eight. Folding the affine and an own backward reduce them;
 #   the own backward also brings what is kept for the backward down to the input.
 # - `jit.trace` removes Python, which was not the problem. `torch.compile` fuses, and needs a compiler and
 #   real pairs.
 # - Loops written by hand and compiled by numba (on CUDA by Triton) move eight sweeps, and stand nearest to
-#   the bound.
+#   the bounds.
 #
 # **To think about.** Two stock layers need eight sweeps as well, and yet they are slower than the bound.
 # What else costs time besides memory? And: in evaluation mode there are no sums to collect. How many sweeps
