@@ -95,7 +95,7 @@ def run_shape(shape: tuple[int, ...], threads: int, args: argparse.Namespace) ->
     rounds = args.rounds or max(6, min(60, (5 if args.quick else 20) * (1 << 24) // element))
     for candidate in found:
         candidate.saved = saved_bytes(partial(candidate.forward, *candidate.inputs))
-    for _ in range(rounds // 2 + 1):
+    for _ in range(math.ceil(rounds / IN_A_ROW) + 1):
         for candidate in found:
             for _ in range(IN_A_ROW):
                 time_step(candidate, args.device)

@@ -213,6 +213,21 @@ def test_two_calls_at_a_time_have_scratch_memory_of_their_own():
     assert again.job.partial in used  # and it is used again
 
 
+def test_a_negative_view_as_parameter_keeps_its_sign():
+    z = oracle.correlated(6, 3, 5, 5)
+    weight, bias = torch._neg_view(torch.randn(3, 3)), torch._neg_view(torch.randn(3, 2))
+    both = (
+        F.complex_batch_norm(z, None, None, weight, bias, training=True, engine=engine)
+        for engine in ("auto", "reference")
+    )
+    close([next(both)], [next(both)], 1e-5)
+
+
+def test_few_rows_are_shared_between_threads_too():
+    z = torch.empty(256, 1024, dtype=torch.cfloat)
+    assert cpu_engine.plan(z.shape, z.stride(), z.dtype, 4).threads == 4
+
+
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32, torch.float64, None])
 @pytest.mark.parametrize("bias_dtype", [torch.float32, torch.float64, None])
 def test_parameters_of_any_precision(weight_dtype, bias_dtype):

@@ -10,6 +10,8 @@ from traitlets import Dict, TraitError
 from cbn_lab.plots import PALETTE
 
 JS = Path(__file__).parent / "js"
+# Of what a hand moves: an echo of an older value would put the slider back under it.
+MOVED = {"sync": True, "echo_update": False}
 
 
 def source(*names: str) -> str:

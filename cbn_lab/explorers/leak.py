@@ -118,9 +118,9 @@ class LeakExplorer(base.Explorer):
     """
 
     _esm = base.source("view.js", "leak.js")
-    update = Unicode("rebind").tag(sync=True)
-    step = Int(1).tag(sync=True)
-    backward = Bool(True).tag(sync=True)
+    update = Unicode("rebind").tag(**base.MOVED)
+    step = Int(1).tag(**base.MOVED)
+    backward = Bool(True).tag(**base.MOVED)
     _steps = Int(STEPS).tag(sync=True)
     _updates = List(list(UPDATES)).tag(sync=True)
     _leaks = List(list(LEAKS)).tag(sync=True)

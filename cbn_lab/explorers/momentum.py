@@ -38,9 +38,9 @@ class MomentumExplorer(base.Explorer):
     """
 
     _esm = base.source("arithmetic.js", "view.js", "momentum.js")
-    momentum = FloatTrait(0.1, allow_none=True).tag(sync=True)
-    batch_size = Int(16).tag(sync=True)
-    drift = FloatTrait(0.0).tag(sync=True)
+    momentum = FloatTrait(0.1, allow_none=True).tag(**base.MOVED)
+    batch_size = Int(16).tag(**base.MOVED)
+    drift = FloatTrait(0.0).tag(**base.MOVED)
     _limits = traitlets.Dict(LIMITS).tag(sync=True)
     _start = FloatTrait(START).tag(sync=True)
     _noise = Bytes().tag(sync=True)

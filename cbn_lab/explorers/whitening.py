@@ -81,12 +81,12 @@ class WhiteningExplorer(base.Explorer):
     """
 
     _esm = base.source("arithmetic.js", "view.js", "handles.js", "whitening.js")
-    rr = FloatTrait().tag(sync=True)
-    ii = FloatTrait().tag(sync=True)
-    correlation = FloatTrait().tag(sync=True)
-    gamma_rr = FloatTrait(1.0).tag(sync=True)
-    gamma_ii = FloatTrait(1.0).tag(sync=True)
-    gamma_ri = FloatTrait(0.0).tag(sync=True)
+    rr = FloatTrait().tag(**base.MOVED)
+    ii = FloatTrait().tag(**base.MOVED)
+    correlation = FloatTrait().tag(**base.MOVED)
+    gamma_rr = FloatTrait(1.0).tag(**base.MOVED)
+    gamma_ii = FloatTrait(1.0).tag(**base.MOVED)
+    gamma_ri = FloatTrait(0.0).tag(**base.MOVED)
     _limits = Dict().tag(sync=True)
     _digits = Int(2).tag(sync=True)  # of a variance
     _home = Dict().tag(sync=True)  # what the reset button goes back to

@@ -51,6 +51,12 @@ WRONG = {
             HEAD + REBIND.format("(f * batch + (1 - f) * getattr(module, name)).detach()"),
             "in another tensor",
         ),
+        (
+            HEAD
+            + "    old = getattr(module, name)\n"
+            + "    old.data = ((1 - f) * old + f * batch).detach()",
+            "in another tensor",
+        ),
     ],
     "neither": [
         (step(first="with torch.no_grad():"), "cut off from the graph"),

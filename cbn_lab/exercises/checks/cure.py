@@ -24,7 +24,7 @@ class Probe(nn.Module):
 @exercise("cure")
 def cure(update) -> str:
     probe, expected = Probe(update), torch.zeros(3)
-    nodes, first = [], probe.running
+    nodes, first, place = [], probe.running, probe.running.data_ptr()
     for x in torch.randn(4, 8, 3, generator=torch.Generator().manual_seed(0)):
         probe(x)
         expected = 0.9 * expected + 0.1 * x.mean(0)
@@ -42,7 +42,7 @@ def cure(update) -> str:
         raise Wrong("The buffer has not changed at all. Is the new value stored in the module?")
     if not torch.allclose(probe.running, expected, atol=1e-6):
         raise Wrong("No leak, but the numbers are wrong: (1 - f)·running + f·batch is due.")
-    if probe.running is not first:
+    if probe.running is not first or probe.running.data_ptr() != place:
         raise Wrong(
             "The right numbers and no history, but in another tensor: who holds the old one, "
             "a second module or a captured CUDA graph, never sees them. Write into the buffer."

@@ -199,8 +199,8 @@ class View {
   }
 
   close() {
-    this.tellNow();
     this.controller.abort();
     this.root.remove();
+    this.tellNow();
   }
 }

@@ -23,6 +23,7 @@ TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, li
 TASKS = 256  # at most about so many parts: each costs a row of sums
 SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
 TASK_ROWS = 512  # a task costs something by itself, which grows with the channels as its rows do
+FEW_TASKS = 8  # that many there may be all the same, or few rows would be left to one thread
 LINE = 64  # bytes, of a cache line and of a vector
 ROOM, ROOMS = 1 << 18, 8  # bytes of scratch memory kept for the next call, and how many times
 _rooms: list[ctypes.Array] = []
@@ -121,7 +122,7 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
     if rows:
         job.channel_block = ceil_to(16, ceil_divide(c, ceil_divide(c, TILE)))
         size = length * job.channel_block * element
-        parts = min(TASKS, size // (2 * TASK_BYTES), length // TASK_ROWS)
+        parts = min(TASKS, size // (2 * TASK_BYTES), max(length // TASK_ROWS, FEW_TASKS))
         job.length_block = ceil_divide(length, max(1, parts))
     elif length * element > 4 * TASK_BYTES:  # one channel of one sample is long
         job.channel_block = 1
@@ -144,10 +145,11 @@ def ceil_to(unit: int, a: int) -> int:
 class Sweep:
     """One call's data, described to the loops."""
 
+    room: ctypes.Array | None = None  # scratch memory that goes back when the call is done
+
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         """``parts``: one complex tensor, or the real and the imaginary one."""
-        self.room, self.like = None, None
-        first, threads = parts[0], torch.get_num_threads()
+        first, threads, self.like = parts[0], torch.get_num_threads(), None
         self.plan = plan(first.shape, first.stride(), first.dtype, threads)
         if self.plan is None:
             first, reordered = walkable(first)
@@ -168,15 +170,19 @@ class Sweep:
 
     def _small(self, name: str, tensor: Tensor) -> None:
         """Hand over a small tensor of contiguous float64."""
-        if tensor.dtype is not torch.float64 or not tensor.is_contiguous():
-            tensor = tensor.to(torch.float64).contiguous()
+        if tensor.dtype is not torch.float64 or not tensor.is_contiguous() or tensor.is_neg():
+            tensor = tensor.resolve_neg().to(torch.float64).contiguous()
         self.keep.append(tensor)
         setattr(self.job, name, tensor.data_ptr())
 
     def _parameters(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Hand over weight and bias: as they are if both are float32, else in float64."""
         given = {"weight": weight, "bias": bias}
-        given = {name: tensor.detach() for name, tensor in given.items() if tensor is not None}
+        given = {
+            name: tensor.detach().resolve_neg()
+            for name, tensor in given.items()
+            if tensor is not None
+        }
         single = bool(given) and all(tensor.dtype is torch.float32 for tensor in given.values())
         self.job.single = single
         for name, tensor in given.items():

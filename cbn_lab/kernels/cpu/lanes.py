@@ -64,7 +64,8 @@ def store(typing, base, i, lanes):
 def stream(typing, base, i, lanes):
     """Store a whole cache line, which base[i] must begin, past the cache.
 
-    An ordinary store first reads the line that it is about to overwrite.
+    An ordinary store first reads the line that it is about to overwrite. No fence follows: the
+    atomic count of :func:`tools.next_task`, after every task, makes such stores seen by all.
     """
 
     def generate(context, builder, signature, args):

@@ -191,7 +191,7 @@ def cache_bytes() -> int:
     """The last cache before memory, as Linux has it; 32 MiB, a usual size, elsewhere."""
     try:
         text = Path("/sys/devices/system/cpu/cpu0/cache/index3/size").read_text(encoding="ascii")
-        return int(text.strip().removesuffix("K")) << 10
+        return int(text.strip().removesuffix("K")) << 10 or 32 << 20  # some virtual ones say 0K
     except (OSError, ValueError):
         return 32 << 20
 
