@@ -168,27 +168,21 @@ class Sweep:
         setattr(self.job, name + "_re", start)
         setattr(self.job, name + "_im", other)
 
-    def _small(self, name: str, tensor: Tensor) -> None:
-        """Hand over a small tensor of contiguous float64."""
-        if tensor.dtype is not torch.float64 or not tensor.is_contiguous() or tensor.is_neg():
-            tensor = tensor.resolve_neg().to(torch.float64).contiguous()
+    def _small(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        """Hand over a small tensor, contiguous and of ``dtype``."""
+        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.is_neg():
+            tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
         self.keep.append(tensor)
         setattr(self.job, name, tensor.data_ptr())
 
     def _parameters(self, weight: Tensor | None, bias: Tensor | None) -> None:
         """Hand over weight and bias: as they are if both are float32, else in float64."""
         given = {"weight": weight, "bias": bias}
-        given = {
-            name: tensor.detach().resolve_neg()
-            for name, tensor in given.items()
-            if tensor is not None
-        }
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
         single = bool(given) and all(tensor.dtype is torch.float32 for tensor in given.values())
         self.job.single = single
         for name, tensor in given.items():
-            tensor = tensor.contiguous() if single else tensor.to(torch.float64).contiguous()
-            self.keep.append(tensor)
-            setattr(self.job, name, tensor.data_ptr())
+            self._small(name, tensor, torch.float32 if single else torch.float64)
 
     def _room(self, *names_and_columns: tuple[str, int]) -> None:
         """Scratch memory, C float64 numbers a column, all of it in one place."""
