@@ -1,10 +1,12 @@
 """The pictures. Each function takes and returns an ``Axes`` and never calls ``show``.
 
 Colours are those of Okabe and Ito (2008), which colour-blind readers can tell apart; no two lines
-differ by colour alone. Every picture says in one sentence what it shows: ``ax.get_label()`` is
-its text alternative.
+differ by colour alone. Every picture says in words what it shows: ``ax.get_label()`` is its text
+alternative, and :func:`described` sets it in lines.
 """
 
+import re
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -44,6 +46,39 @@ SERIES = [  # colour, line and marker of the first, second, ... series
 ]
 
 BEND = 0.25  # of the arrows of a computation, as a part of their length
+LINE = 88  # characters of text that a notebook shows unbroken in a window 1000 pixels wide
+
+
+def described(ax: Axes, name: str = "") -> str:
+    """The text alternative of a picture, in lines that fit a page: what is long becomes a list.
+
+    Args:
+        ax: drawn by a function of this module.
+        name: which picture it is, where there are several; put in front.
+    """
+    name = name and f"{name}: "
+    if len(name + ax.get_label()) <= LINE:
+        return name + ax.get_label()
+    lines: list[str] = []
+    for sentence in re.split(r"(?<=\.) (?=[^\W\d])", ax.get_label()):
+        head, _, items = sentence.partition(": ")
+        if len(sentence) > LINE and "; " in items:
+            lines += [f"{head}:", *(f"  {item}" for item in items.split("; "))]
+        else:
+            lines.append(sentence)
+    lines[0] = name + lines[0]
+    return "\n".join(_wrapped(line) for line in lines)
+
+
+def _wrapped(line: str) -> str:
+    """A line broken after commas only, so that a number stays with what it counts."""
+    indent = " " * (len(line) - len(line.lstrip()))
+    kept = re.sub(r"(?<!,) ", "\xa0", line.strip())
+    broken = textwrap.fill(
+        kept, LINE, initial_indent=indent, subsequent_indent=f"{indent}  ",
+        break_long_words=False, break_on_hyphens=False,
+    )  # fmt: skip
+    return broken.replace("\xa0", " ")
 
 
 def _axes(ax: Axes | None) -> Axes:
@@ -227,37 +262,6 @@ def deviation(
     return ax
 
 
-def bars(
-    values: Mapping[str, float],
-    ax: Axes | None = None,
-    *,
-    xlabel: str,
-    bound: float | None = None,
-    bound_label: str = "bound",
-) -> Axes:
-    """A horizontal bar for each value, its number at its end, the first on top.
-
-    Args:
-        values: {what: how much}.
-        ax: where to draw; a new figure where None.
-        xlabel: what is counted, with its unit.
-        bound: drawn as a line across, if given.
-        bound_label: what the bound is called.
-    """
-    ax, said = _axes(ax), []
-    drawn = ax.barh(list(values), list(values.values()), height=0.6, color=PALETTE["blue"])
-    ax.bar_label(drawn, fmt="%.3g", padding=4)
-    ax.invert_yaxis()
-    ax.set(xlabel=xlabel, xlim=(0, 1.12 * max([*values.values(), bound or 0])))
-    said = [f"{label} {value:.3g}" for label, value in values.items()]
-    if bound is not None:
-        ax.axvline(bound, color=PALETTE["vermilion"], ls="--", label=bound_label)
-        _legend(ax)
-        said.append(f"{bound_label} {bound:.3g}")
-    ax.set_label(f"{xlabel}: {', '.join(said)}.")
-    return ax
-
-
 def computation(
     nodes: Mapping[str, tuple[float, float]],
     forward: Iterable[tuple[str, str]],
@@ -354,7 +358,7 @@ def running_statistics(
         ax.axvspan(first, last, color=PALETTE["orange"], alpha=0.25, lw=0, label=label)
     _steps(ax, name)
     _legend(ax)
-    ends = ", ".join(f"{label} {float(values[-1]):.3f}" for label, values in series.items())
+    ends = "; ".join(f"{label} {float(values[-1]):.3f}" for label, values in series.items())
     aim = "" if true is None else f"; true value {float(np.ravel(true)[-1]):.3f}"
     ax.set_label(f"{name} after the last step: {ends}{aim}.")
     return ax
@@ -385,7 +389,7 @@ def graph_growth(
     _steps(ax, unit)
     ax.set_ylim(bottom=min(0, ax.get_ylim()[0]))
     _legend(ax)
-    ax.set_label(f"{unit} after the last step: " + ", ".join(said) + ".")
+    ax.set_label(f"{unit} after the last step: {'; '.join(said)}.")
     return ax
 
 
@@ -409,7 +413,7 @@ def memory(trace: Any, ax: Axes | None = None) -> Axes:
         said.append(f"{label} {mib[-1]:+.2f} MiB ({slope:+.1f} KiB a step)")
     _steps(ax, "growth since the first step (MiB)")
     _legend(ax)
-    ax.set_label("Memory after the last step: " + ", ".join(said) + ".")
+    ax.set_label(f"Memory after the last step: {'; '.join(said)}.")
     return ax
 
 
@@ -449,12 +453,12 @@ def intervals(
         style = dict(color=colour, ls=line, marker=marker, lw=1.2, elinewidth=1.8, ms=6, capsize=3)
         ax.errorbar(at + (k - middle) * gap, mean, half, label=label, **style)
         points = ", ".join(f"{m:.2f} ± {h:.2f} at {x:g}" for x, m, h in rows)
-        said.append(f"{label}: {points}")
+        said.append(f"{label} {points}")
     if zero:
         ax.axhline(0, color=PALETTE["grey"], lw=1, zorder=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     _legend(ax)
-    ax.set_label(f"{ylabel}, mean and interval. {'; '.join(said)}.")
+    ax.set_label(f"{ylabel}, mean and interval: {'; '.join(said)}.")
     return ax
 
 
@@ -478,12 +482,13 @@ def costs(
     ax, places = _axes(ax), np.arange(len(values))
     bars = ax.barh(places, list(values.values()), height=0.6, color=PALETTE["blue"])
     labels = [f"{value:,.{decimals}f}" for value in values.values()]
-    ax.bar_label(bars, labels, padding=4, fontsize="small")
+    clear = dict(boxstyle="round,pad=0.15", fc="white", ec="none")  # of a bound's line behind it
+    ax.bar_label(bars, labels, padding=4, fontsize="small", bbox=clear)
     ax.set_yticks(places, list(values))
     ax.invert_yaxis()
     ax.margins(x=0.15)
     ax.set(xlabel=xlabel)
-    said = ", ".join(f"{name} {label}" for name, label in zip(values, labels, strict=True))
+    said = "; ".join(f"{name} {label}" for name, label in zip(values, labels, strict=True))
     for (name, bound), (_, line, _) in zip((bounds or {}).items(), SERIES[1:], strict=False):
         name = f"{name} {bound:,.{decimals}f}"
         ax.axvline(bound, color=PALETTE["vermilion"], ls=line, lw=2, label=name)

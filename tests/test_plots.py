@@ -85,13 +85,13 @@ def test_running_statistics_draws_each_series_from_step_1(ax):
     drawn = {line.get_label(): line for line in ax.lines}
     assert set(drawn) == {"a", "b", "batch", "true value"}
     np.testing.assert_array_equal(drawn["b"].get_xydata(), [[1, 0.0], [2, 0.5], [3, 0.75]])
-    assert "a 1.000, b 0.750; true value 1.000" in ax.get_label()
+    assert "a 1.000; b 0.750; true value 1.000" in ax.get_label()
 
 
 def test_graph_growth_draws_the_counts_and_says_their_slope(ax):
     assert plots.graph_growth({"rebind": [6, 11, 16], "no_grad": [0, 0, 0]}, ax) is ax
     np.testing.assert_array_equal(ax.lines[0].get_ydata(), [6, 11, 16])
-    assert "rebind 16 (+5 a step), no_grad 0 (+0 a step)" in ax.get_label()
+    assert "rebind 16 (+5 a step); no_grad 0 (+0 a step)" in ax.get_label()
     assert ax.lines[0].get_marker() != ax.lines[1].get_marker()
 
 
@@ -138,14 +138,6 @@ def test_a_form_that_breaks_down_for_good_is_said_to_do_so(ax):
     assert "not finite at 10 and more" in ax.get_label()
 
 
-def test_bars_are_as_long_as_their_values_and_the_bound_is_drawn(ax):
-    assert plots.bars({"two": 2.0, "three": 3.0}, ax, xlabel="kept (MiB)", bound=1.0) is ax
-    assert [bar.get_width() for bar in ax.patches] == [2.0, 3.0]
-    assert {text.get_text() for text in ax.texts} == {"2", "3"}
-    assert list(ax.lines[0].get_xdata()) == [1.0, 1.0]
-    assert ax.get_label() == "kept (MiB): two 2, three 3, bound 1."
-
-
 def test_a_computation_draws_each_arrow_and_says_what_flows_back(ax):
     nodes = {"$x$": (0, 0), r"$\hat{x}$": (2, 0)}
     arrow = ("$x$", r"$\hat{x}$")
@@ -164,7 +156,7 @@ def test_a_computation_names_an_arrow_to_nowhere(ax):
 
 @pytest.mark.parametrize(
     "name",
-    ["whitening", "running_statistics", "graph_growth", "memory", "channels", "deviation", "bars"],
+    ["whitening", "running_statistics", "graph_growth", "memory", "channels", "deviation", "costs"],
 )
 def test_without_an_axes_a_new_figure_is_made(name, z):
     rows = [SimpleNamespace(tensor_bytes=1, heap_bytes=2)]
@@ -175,11 +167,11 @@ def test_without_an_axes_a_new_figure_is_made(name, z):
         "memory": rows,
         "channels": torch.randn(4, 2),
         "deviation": [1.0, 2.0],
-        "bars": {"a": 1.0},
+        "costs": {"a": 1.0},
     }
     more = {
         "deviation": dict(errors={"a": [1.0, 2.0]}, xlabel="x", ylabel="y"),
-        "bars": dict(xlabel="x"),
+        "costs": dict(xlabel="x"),
     }
     before = plt.get_fignums()
     ax = getattr(plots, name)(data[name], **more.get(name, {}))
@@ -193,7 +185,7 @@ def test_intervals_draws_each_mean_with_its_interval_and_says_it(ax):
     ends = [c.lines[2][0].get_segments() for c in ax.containers]
     np.testing.assert_allclose([segment[:, 1] for segment in ends[0]], [[89, 91], [91.5, 92.5]])
     assert ends[0][0][0, 0] < 0 < ends[1][0][0, 0]  # side by side, around their place
-    assert "b: 91.00 ± 2.00 at 0, 93.00 ± 1.00 at 1" in ax.get_label()
+    assert "b 91.00 ± 2.00 at 0, 93.00 ± 1.00 at 1" in ax.get_label()
 
 
 def test_costs_draws_a_bar_each_and_the_bound(ax):
@@ -203,4 +195,24 @@ def test_costs_draws_a_bar_each_and_the_bound(ax):
     assert [bar.get_width() for bar in ax.patches] == [2.0, 0.5]
     assert [tick.get_text() for tick in ax.get_yticklabels()] == ["stock", "ours"]
     np.testing.assert_array_equal(ax.lines[0].get_xdata(), [0.25, 0.25])
-    assert "stock 2.00, ours 0.50; bound 0.25" in ax.get_label()
+    assert "stock 2.00; ours 0.50; bound 0.25" in ax.get_label()
+
+
+def test_a_short_description_stays_on_its_line(ax):
+    ax.set_label("cost: a 1; b 2.")
+    assert plots.described(ax) == "cost: a 1; b 2."
+    assert plots.described(ax, "left") == "left: cost: a 1; b 2."
+
+
+def test_a_long_description_becomes_a_list_whose_lines_fit_the_page(ax):
+    points = ", ".join(f"{k}.00 ± 0.50 at {k}" for k in range(12))
+    ax.set_label(
+        f"accuracy (%), mean and interval: naive {points}; none {points}. Higher is better."
+    )
+    lines = plots.described(ax, "right").splitlines()
+    assert lines[0] == "right: accuracy (%), mean and interval:"
+    assert lines[1].startswith("  naive 0.00 ± 0.50 at 0, 1.00")
+    assert lines[-1] == "Higher is better."
+    assert max(map(len, lines)) <= plots.LINE
+    assert all(line.endswith((",", ":", " at 11", "11.", "better.")) for line in lines)
+    assert "".join(lines).replace(" ", "").count("±") == 24

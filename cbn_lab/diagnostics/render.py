@@ -17,6 +17,8 @@ STYLE = """
 .cbn-report table {{border-collapse: collapse; color: var(--jp-content-font-color1, inherit)}}
 .cbn-report th, .cbn-report td {{padding: 2px 10px; text-align: left !important;
   border-bottom: 1px solid var(--jp-border-color2, currentColor)}}
+.cbn-report td:first-child {{white-space: nowrap}}
+.cbn-report td:last-child {{overflow-wrap: anywhere}}
 .cbn-report th button {{all: unset; cursor: pointer; font-weight: 600}}
 .cbn-report th button:focus-visible {{outline: 2px solid currentColor}}
 .cbn-report td.num, .cbn-report th.num {{text-align: right !important;

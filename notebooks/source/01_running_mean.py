@@ -203,7 +203,7 @@ curves = {f"momentum {m}": running_means(m) for m in (0.01, 0.1, 0.5, None)}
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
 plots.running_statistics(curves, batches.mean((1, 2)), true_mean, ax)
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  "))
+print(plots.described(ax))
 
 # %% [markdown]
 # - **0.5** follows at once, and follows the noise as well.

@@ -36,7 +36,7 @@ for ax, values, title in zip(axes, (x, y), ("before", "after"), strict=True):
     plots.channels(values, ax).set_title(title)
 plt.show()
 for ax in axes:
-    print(f"{ax.get_title():6}", ax.get_label())
+    print(plots.described(ax, ax.get_title()))
 
 # %% [markdown]
 # Each channel is shifted and scaled by itself. So there is one mean and one variance **per channel**.
@@ -305,7 +305,7 @@ plots.deviation(
     floor=torch.finfo(torch.float32).eps,
 )
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ", 1).replace("; ", ";\n  "))
+print(plots.described(ax))
 
 # %% [markdown]
 # The confusion of $n$ with $n - 1$ fades like $1/n$: with large batches a test does not see it
@@ -347,7 +347,7 @@ plots.deviation(
     floor=[torch.finfo(torch.float32).eps * ratio for ratio in ratios],
 )
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ", 1).replace("; ", ";\n  "))
+print(plots.described(ax))
 
 # %% tags=["nbval-check-output"]
 at_1000 = {name: values[ratios.index(1000.0)] for name, values in errors.items()}

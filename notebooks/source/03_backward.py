@@ -12,7 +12,6 @@
 
 # %%
 import inspect
-import textwrap
 import time
 import warnings
 
@@ -133,7 +132,7 @@ backward |= {(sigma, centred): r"$\hat{x}/n$", (centred, mu): "$-Σ$", (mu, a): 
 fig, ax = plt.subplots(figsize=(9, 3.4), layout="constrained")
 plots.computation(nodes, [*forward, (hat, out)], backward | {(centred, a): "1"}, ax)
 plt.show()
-print(textwrap.fill(ax.get_label(), 95))
+print(plots.described(ax))
 
 # %% [markdown]
 # Read off the paths from $y$ back to $x$, beginning with $\bar{\hat x} = \gamma\,g$, where $g = \bar y$:
@@ -245,7 +244,7 @@ for name, dtype in (("float32", torch.float32), ("float64", torch.float64)):
 fig, ax = plt.subplots(figsize=(8, 4), layout="constrained")
 plots.deviation(steps, errors, ax, xlabel="step h", ylabel="relative error of the derivative")
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ", 1).replace("; ", ";\n  "))
+print(plots.described(ax))
 
 # %% [markdown]
 # `gradcheck` does this for every pair of an input and an output number, with a small fixed step, and
@@ -426,11 +425,10 @@ guess_saved.compare(f"{kept['formula'] / size:.0f}")
 # %%
 fig, ax = plt.subplots(figsize=(8, 2.6), layout="constrained")
 mib = {name: count / 2**20 for name, count in kept.items()}
-plots.bars(
-    mib, ax, xlabel="kept for the backward (MiB)", bound=size / 2**20, bound_label="the input"
-)
+bounds = {"the input": size / 2**20}
+plots.costs(mib, ax, xlabel="kept for the backward (MiB)", bounds=bounds, decimals=0)
 plt.show()
-print(ax.get_label())
+print(plots.described(ax))
 
 # %% [markdown]
 # `formula` keeps $x - \mu$ (to differentiate the square, and the quotient) and $\hat x$ (to

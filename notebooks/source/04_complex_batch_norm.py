@@ -74,7 +74,7 @@ for image, ax in zip(images, left.subplots(3, 3).flat, strict=False):
     ax.axis("off")
 ax = plots.whitening(z, right.subplots(), stages=["input"])
 plt.show()
-print(ax.get_label())
+print(plots.described(ax))
 
 # %% [markdown]
 # The cloud is not centred, and it is not round: it is an **ellipse**, tilted.
@@ -159,7 +159,7 @@ for ax, (ratio, field) in zip(axes, fields.items(), strict=True):
     ax.set_xlabel(f"real part, axes {ratio:.1f} : 1")
 plt.show()
 for ax in axes:
-    print(ax.get_xlabel().removeprefix("real part, "), "-", ax.get_label())
+    print(plots.described(ax, ax.get_xlabel().removeprefix("real part, ")))
 
 # %% [markdown]
 # ## The naive way
@@ -198,7 +198,7 @@ for ax, stage in zip(axes, plots.STAGES, strict=True):
     plots.whitening(z, ax, stages=[stage], points=stage)
 plt.show()
 for ax in axes:
-    print(ax.get_label())
+    print(plots.described(ax))
 
 # %% [markdown]
 # ## Whitening
@@ -303,7 +303,7 @@ for ax, value in zip(axes, (0.0, still.correlation, 0.95), strict=True):
     still.plot(ax).set_xlabel(f"real part, correlation {value:.2f}")
 plt.show()
 for ax in axes:
-    print(ax.get_label().replace(". ", ".\n  "))
+    print(plots.described(ax))
 
 # %% [markdown]
 # Without correlation, naive and whitened are one and the same. The thinner the ellipse, the more they
@@ -330,8 +330,8 @@ for ax, gamma in zip(axes, gammas, strict=True):
     ax.get_legend().get_texts()[0].set_text("Γ · whitened")
 plt.show()
 for ax in axes:
-    said = ax.get_label().replace("whitened", "Γ · whitened")
-    print(ax.get_xlabel().removeprefix("real part, "), "-", said)
+    ax.set_label(ax.get_label().replace("whitened", "Γ · whitened"))
+    print(plots.described(ax, ax.get_xlabel().removeprefix("real part, ")))
 
 # %% [markdown]
 # Multiplying by a complex number could only turn the cloud and scale it. $\Gamma$ can make an ellipse
@@ -527,7 +527,7 @@ plots.deviation(
     scales, errors, ax, xlabel="scale of the input", ylabel="largest error of the output"
 )
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ", 1).replace("; ", ";\n  "))
+print(plots.described(ax))
 
 # %% [markdown]
 # It does not help: **the covariance had been rounded before**, and no later precision brings the digits

@@ -166,7 +166,7 @@ growth = {
 if growth:
     plots.graph_growth(growth, right, unit="growth of the host heap (KiB)")
 plt.show()
-print(left.get_label(), right.get_label(), sep="\n")
+print(plots.described(left), plots.described(right), sep="\n")
 
 # %% [markdown]
 # ### Exercise: does it have a history? (★☆☆, 5 minutes)

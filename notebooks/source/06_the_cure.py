@@ -89,7 +89,7 @@ fig, ax = plt.subplots(figsize=(8, 4.2), layout="constrained")
 shown = {**{k: leaking[k] for k in ("rebind", "slice", "lerp")}, "no_grad": cured["no_grad"]}
 plots.graph_growth(shown, ax)
 plt.show()
-print(ax.get_label())
+print(plots.described(ax))
 
 # %% [markdown]
 # - `with torch.no_grad():` records nothing inside the block. Use it around the update.

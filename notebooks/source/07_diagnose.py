@@ -237,7 +237,7 @@ for ax, (name, trace) in zip(axes, traces.items(), strict=True):
     ax.set_xlabel(f"training step, {name}")
 plt.show()
 for ax, name in zip(axes, traces, strict=True):
-    print(f"{name}:", ax.get_label())
+    print(plots.described(ax, name))
 
 # %% [markdown]
 # On a machine with a GPU, one more line writes a file for PyTorch's memory viewer

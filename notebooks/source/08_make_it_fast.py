@@ -351,7 +351,7 @@ bounds = {"five sweeps": 5 * sweep, "eight sweeps": 8 * sweep}
 fig, ax = plt.subplots(figsize=(8, 3.6), layout="constrained")
 plots.costs(found, ax, xlabel="one training step on one thread (ms)", bounds=bounds, decimals=1)
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", "\n  "))
+print(plots.described(ax))
 ratio = found["numba"] / found["two stock BatchNorm2d"]
 names = ["slower", "about as fast (within 20 %)", "faster"]
 guess_ratio.compare(names[0 if ratio > 1.2 else 1 if ratio > 0.8 else 2])
@@ -378,7 +378,7 @@ bars = {row["candidate"]: row["ratio"] for row in rows if "sweeps" not in row["c
 bounds = {row["candidate"]: row["ratio"] for row in rows if "sweeps" in row["candidate"]}
 plots.costs(bars, ax, xlabel="training step relative to two stock layers (stored)", bounds=bounds)
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", "\n  "))
+print(plots.described(ax))
 
 # %% [markdown]
 # To repeat these, `python -m cbn_lab.speed --out mine.csv`. For a full comparison, more shapes, two

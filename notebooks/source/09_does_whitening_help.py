@@ -74,8 +74,8 @@ for ax, angle in zip(axes, (0.0, torch.pi / 4), strict=True):
     z = datasets.speckle((2000,), 0.2, angle=angle, generator=generator)
     plots.whitening(z, ax)
 plt.show()
-for side, ax in zip(("Left:", "Right:"), axes, strict=True):
-    print(side, ax.get_label())
+for side, ax in zip(("Left", "Right"), axes, strict=True):
+    print(plots.described(ax, side))
 
 # %% [markdown]
 # ### Exercise: how circular is it? (★★☆, 8 minutes)
@@ -247,7 +247,7 @@ plots.intervals(
     series, ax, xlabel="circularity (short axis over long axis)", ylabel="test accuracy (%)"
 )
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", "\n"))
+print(plots.described(ax))
 
 # %% [markdown]
 # These intervals are wide, because each seed is another medium, some harder than others. But that is
@@ -361,7 +361,7 @@ plots.intervals(
     zero=True,
 )
 plt.show()
-print(ax.get_label().replace(": ", ":\n  ").replace(", ", "\n  ").replace("; ", "\n"))
+print(plots.described(ax))
 
 # %% [markdown]
 # Beware of picking the one interval that pleases you. Of so many 95 % intervals, one in twenty misses
