@@ -56,9 +56,9 @@ def described(ax: Axes, name: str = "") -> str:
         ax: drawn by a function of this module.
         name: which picture it is, where there are several; put in front.
     """
-    name = name and f"{name}: "
-    if len(name + ax.get_label()) <= LINE:
-        return name + ax.get_label()
+    text = f"{name}: {ax.get_label()}" if name else ax.get_label()
+    if len(text) <= LINE:
+        return text
     lines: list[str] = []
     for sentence in re.split(r"(?<=\.) (?=[^\W\d])", ax.get_label()):
         head, _, items = sentence.partition(": ")
@@ -66,8 +66,8 @@ def described(ax: Axes, name: str = "") -> str:
             lines += [f"{head}:", *(f"  {item}" for item in items.split("; "))]
         else:
             lines.append(sentence)
-    lines[0] = name + lines[0]
-    return "\n".join(_wrapped(line) for line in lines)
+    text = "\n".join(_wrapped(line) for line in lines)
+    return f"{name}:\n{textwrap.indent(text, '  ')}" if name else text
 
 
 def _wrapped(line: str) -> str:
@@ -75,7 +75,7 @@ def _wrapped(line: str) -> str:
     indent = " " * (len(line) - len(line.lstrip()))
     kept = re.sub(r"(?<!,) ", "\xa0", line.strip())
     broken = textwrap.fill(
-        kept, LINE, initial_indent=indent, subsequent_indent=f"{indent}  ",
+        kept, LINE - 2, initial_indent=indent, subsequent_indent=f"{indent}  ",
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
     return broken.replace("\xa0", " ")

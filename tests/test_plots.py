@@ -210,9 +210,9 @@ def test_a_long_description_becomes_a_list_whose_lines_fit_the_page(ax):
         f"accuracy (%), mean and interval: naive {points}; none {points}. Higher is better."
     )
     lines = plots.described(ax, "right").splitlines()
-    assert lines[0] == "right: accuracy (%), mean and interval:"
-    assert lines[1].startswith("  naive 0.00 ± 0.50 at 0, 1.00")
-    assert lines[-1] == "Higher is better."
+    assert lines[:2] == ["right:", "  accuracy (%), mean and interval:"]
+    assert lines[2].startswith("    naive 0.00 ± 0.50 at 0, 1.00")
+    assert lines[-1] == "  Higher is better."
     assert max(map(len, lines)) <= plots.LINE
     assert all(line.endswith((",", ":", " at 11", "11.", "better.")) for line in lines)
     assert "".join(lines).replace(" ", "").count("±") == 24

@@ -302,8 +302,8 @@ for ax, value in zip(axes, (0.0, still.correlation, 0.95), strict=True):
     still.correlation = value
     still.plot(ax).set_xlabel(f"real part, correlation {value:.2f}")
 plt.show()
-for ax in axes:
-    print(plots.described(ax))
+for ax, name in zip(axes, ("left", "middle", "right"), strict=True):
+    print(plots.described(ax, name))
 
 # %% [markdown]
 # Without correlation, naive and whitened are one and the same. The thinner the ellipse, the more they
