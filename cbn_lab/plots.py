@@ -45,6 +45,7 @@ SERIES = [  # colour, line and marker of the first, second, ... series
     (PALETTE["grey"], (0, (1, 1)), "x"),
 ]
 
+TRUE = PALETTE["green"]  # what a statistic should reach; no series of that picture has it
 BEND = 0.25  # of the arrows of a computation, as a part of their length
 LINE = 88  # characters of text that a notebook shows unbroken in a window 1000 pixels wide
 
@@ -339,14 +340,15 @@ def running_statistics(
     if batch is not None:
         steps = np.arange(1, len(batch) + 1)
         ax.plot(steps, batch, ".", ms=4, color=PALETTE["grey"], alpha=0.7, label="batch")
-    for (label, values), (colour, line, _) in zip(series.items(), SERIES, strict=False):
+    styles = [style for style in SERIES if style[0] != TRUE]
+    for (label, values), (colour, line, _) in zip(series.items(), styles, strict=False):
         ax.plot(np.arange(1, len(values) + 1), values, ls=line, lw=2, color=colour, label=label)
     if true is not None:
         steps = max(len(values) for values in series.values())
         ax.plot(
             np.arange(1, steps + 1),
             np.broadcast_to(true, steps),
-            color=PALETTE["green"],
+            color=TRUE,
             lw=1,
             ls=(0, (4, 3)),
             label="true value",

@@ -11,6 +11,7 @@
 
 # %%
 import inspect
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -282,7 +283,8 @@ try:
     with guard_buffers(net):
         net(torch.randn(4, 2, 6, 6))
 except BufferGraphError as error:
-    print(str(error).replace(error.origin, Path(error.origin).name))
+    text = str(error).replace(error.origin, Path(error.origin).name)
+    print(textwrap.fill(text, plots.LINE, break_long_words=False))
 
 # %% [markdown]
 # And it lets a healthy model alone, `nn.BatchNorm2d` and the cures included:

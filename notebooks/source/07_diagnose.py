@@ -13,6 +13,7 @@
 import subprocess
 import sys
 import tempfile
+import textwrap
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -132,7 +133,7 @@ _ = report(loop_with_an_average_of_weights())
 # %% tags=["nbval-check-output"]
 finding = diagnose(loop_with_an_average_of_weights()).findings[0]
 print("path:  ", finding.path)
-print("advice:", finding.advice)
+print(textwrap.fill(f"advice: {finding.advice}", plots.LINE, break_long_words=False))
 
 # %% [markdown]
 # ### Exercise: growing, bounded, clean? (★★☆, 10 minutes)

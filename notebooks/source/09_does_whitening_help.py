@@ -14,6 +14,8 @@
 # says how to run it larger.
 
 # %%
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -155,10 +157,8 @@ for ax, circularity in zip(axes[1:], (1.0, 0.35, 0.0), strict=True):
     said.append(f"{np.median(shapes):.2f} at {circularity:g}")
 axes[1].set_ylabel("imaginary part")
 plt.show()
-print(
-    f"The field at one detector, {len(images)} figures, without noise. Short over long axis, median:",
-    ", ".join(said),
-)
+print(f"The field at one detector, {len(images)} figures, without noise.")
+print("Short over long axis, median:", ", ".join(said))
 
 # %% [markdown]
 # ## What is a fair comparison?
@@ -174,9 +174,8 @@ for method in METHODS:
     numbers = sum(
         torch.view_as_real(p).numel() if p.is_complex() else p.numel() for p in model.parameters()
     )
-    print(
-        f"{method:10} {numbers} real numbers to learn; in front of the affine map: {type(model[0][0]).__name__}"
-    )
+    before = type(model[0][0]).__name__
+    print(f"{method:10} {numbers} real numbers to learn; in front of the affine map: {before}")
 
 # %% [markdown]
 # One thing must **not** be equal: the learning rate. A rate that suits one network may be too large
@@ -189,15 +188,12 @@ for method in METHODS:
 
 # %% tags=["nbval-check-output"]
 results = experiments.load()
-print(
-    f"trainings stored: {len(results.runs)}, with",
-    ", ".join(f"{k} {v}" for k, v in vars(results.settings).items()),
-)
+print(f"trainings stored: {len(results.runs)}, with")
+print(textwrap.fill(", ".join(f"{k} {v}" for k, v in vars(results.settings).items()), plots.LINE))
+print("seeds reported:", len(results.accuracy("medium", 1.0, "naive")))
 test = len(labels) - settings.train - settings.validation
-print(
-    f"seeds reported: {len(results.accuracy('medium', 1.0, 'naive'))}; test set: {test} figures, so that "
-    f"chance alone moves an accuracy of 90 % by {100 * (0.9 * 0.1 / test) ** 0.5:.1f} points"
-)
+chance = 100 * (0.9 * 0.1 / test) ** 0.5
+print(f"test set: {test} figures: chance moves an accuracy of 90 % by {chance:.1f} points")
 print("learning rates tried:", *experiments.RATES)
 print("found, at circularity", *experiments.CIRCULARITIES)
 for method in METHODS:
@@ -419,7 +415,7 @@ ResultsExplorer(results)
 
 # %%
 guess_inside = predict(
-    "Input at circularity 0. How non-circular is what arrives at the second normalisation (median q)?",
+    "Input at circularity 0. How non-circular is what the second normalisation sees (median q)?",
     ["as much as the input", "about half of it", "less than a third of it"],
 )
 guess_inside
@@ -458,6 +454,7 @@ guess_inside.compare(names[0 if part > 0.7 else 1 if part > 1 / 3 else 2])
 
 # %% tags=["nbval-check-output"]
 pixels = images.flatten(1)
+print("noise in the power of   short axis   long axis   whitening lifts the short axis")
 for c in (0.0, 0.35, 1.0):
     clean, noisy = (experiments.medium(pixels, c, noise, 64, seed=0) for noise in (0.0, 1.0))
     noise = noisy - clean
@@ -465,10 +462,8 @@ for c in (0.0, 0.35, 1.0):
     values, axes = torch.linalg.eigh(torch.einsum("nci,ncj->cij", z, z) / len(z))
     along = torch.einsum("cij,nci->ncj", axes, torch.view_as_real(noise)).square().mean(0)
     share, gain_short = along / values, (values[:, 1] / values[:, 0]).sqrt()
-    print(
-        f"circularity {c:<4g} noise in the power: short axis {100 * share[:, 0].mean():3.0f} %, "
-        f"long axis {100 * share[:, 1].mean():.0f} %; whitening lifts the short one {gain_short.mean():.2f}-fold"
-    )
+    short, long = 100 * share.mean(0)
+    print(f"circularity {c:<12g}{short:8.0f} %{long:10.0f} %{gain_short.mean():12.2f}-fold")
 
 # %% [markdown]
 # So whitening treats the two directions alike although one of them may be worthless. Nothing is lost
@@ -484,9 +479,8 @@ for c in (0.0, 0.35, 1.0):
 spectrum = datasets.digits(fft=True)[0].flatten(1)
 z = spectrum - spectrum.mean(0)
 q = (z.square().mean(0).abs() / z.abs().square().mean(0)).reshape(8, 8)
-print(
-    f"bins with q > 0.99: {(q > 0.99).sum()} of 64; median of the others: {q[q < 0.99].median():.2f}"
-)
+others = q[q < 0.99].median()
+print(f"bins with q > 0.99: {(q > 0.99).sum()} of 64; median of the others: {others:.2f}")
 for method in METHODS:
     mean, half = interval(results.accuracy("fft", experiments.FFT, method))
     print(f"{method:10} {mean:.2f} ± {half:.2f} %")
@@ -505,7 +499,8 @@ for pair in [*pairs, ("whitening", "none")]:
 # one command makes a series of your own. It can be broken off and goes on where it stopped:
 #
 # ```
-# python -m cbn_lab.experiments --out mine.csv --seeds 40 --hidden 128 --epochs 60 --noise 0.5
+# python -m cbn_lab.experiments --out mine.csv --seeds 40 --hidden 128 \
+#     --epochs 60 --noise 0.5
 # ```
 #
 # Then `experiments.load("mine.csv")` stands for `experiments.load()` in the cells above. To try another
