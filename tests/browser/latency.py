@@ -23,7 +23,7 @@ from browser import driver
 EXPLORERS = ["MomentumExplorer", "WhiteningExplorer", "LeakExplorer"]
 SLIDERS = {"MomentumExplorer": "momentum", "WhiteningExplorer": "rr", "LeakExplorer": "step"}
 PRESSES = 20
-ROUNDS = 6  # of the benchmark: where in a frame the presses of one round fall is chance
+ROUNDS = 24  # of the benchmark: where in a frame a press falls is chance, so few say little
 PAUSES = [25 + 7 * k % 17 for k in range(PRESSES)]  # ms
 
 # A frame is new where the picture changed since the frame before. What a frame took is known in
