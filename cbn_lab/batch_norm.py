@@ -171,7 +171,8 @@ def update_running(
     if running_mean is not None:
         update_(running_mean, mean, factor)
     if running_var is not None:
-        update_(running_var, var, factor, bessel(checks.check_enough_values(input)))
+        unbiased = bessel(checks.check_enough_values(input)) * var.detach()
+        update_(running_var, unbiased, factor)
 
 
 class NormBase(nn.Module):

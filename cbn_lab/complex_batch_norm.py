@@ -19,7 +19,7 @@ from torch import Tensor
 from cbn_lab import checks, kernels
 from cbn_lab.batch_norm import NormBase, batch_norm
 from cbn_lab.kernels.reference import Pair
-from cbn_lab.running_stats import bessel, update_
+from cbn_lab.running_stats import Running, bessel
 
 
 def complex_batch_norm(
@@ -52,14 +52,11 @@ def complex_batch_norm(
     """
     parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
     checks.check_eps(eps, training)
-    statistics = (None, None) if training else (running_mean, running_covar)
-    output, mean, covar = kernels.whiten(parts, *statistics, weight, bias, eps, engine)
+    running, statistics = None, (running_mean, running_covar)
     if training:
-        if running_mean is not None:
-            update_(running_mean, mean, momentum)
-        if running_covar is not None:
-            unbiased = bessel(checks.check_enough_values(parts[0]))
-            update_(running_covar, covar, momentum, unbiased)
+        unbiased = bessel(checks.check_enough_values(parts[0]))
+        running, statistics = Running(*statistics, momentum, unbiased), (None, None)
+    output = kernels.whiten(parts, *statistics, weight, bias, eps, engine, running)
     return output if len(output) == 2 else output[0]
 
 

@@ -22,7 +22,7 @@ from cbn_lab.complex_batch_norm import (
     part_of,
 )
 from cbn_lab.kernels import operator, reference
-from cbn_lab.running_stats import bessel, update_
+from cbn_lab.running_stats import Running, bessel
 
 
 def sync_complex_batch_norm(
@@ -53,10 +53,7 @@ def sync_complex_batch_norm(
     y, y_imag, mean, covar, count = SyncWhiten.apply(
         parts[0], imag, weight, bias, eps, process_group
     )
-    if running_mean is not None:
-        update_(running_mean, mean, momentum)
-    if running_covar is not None:
-        update_(running_covar, covar, momentum, bessel(int(count)))
+    Running(running_mean, running_covar, momentum, bessel(int(count))).update_(mean, covar)
     return y if imag is None else (y, y_imag)
 
 
@@ -123,7 +120,7 @@ class SyncWhiten(torch.autograd.Function):
             sums = torch.cat([total, product.flatten(1)], 1)
             dist.all_reduce(sums, group=ctx.group)
             total, product = sums[:, :2].contiguous(), sums[:, 2:].unflatten(1, (2, 2))
-            x, _ = sweep.apply_backward(weight, total, product.contiguous(), ctx.total, True)
+            x, *_ = sweep.apply_backward(weight, total, product.contiguous(), ctx.total, True)
             x = (*(part.to(input.dtype) for part in x), None)
         return (
             x[0],

@@ -4,6 +4,8 @@
 line of its Python assigns ``running_mean``.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -25,14 +27,31 @@ def bessel(count: int) -> float:
     return count / (count - 1)
 
 
+def moved(running: Any, batch: Any, factor: Any) -> Any:
+    """The rule itself, for tensors and, in the compiled kernels, for single numbers."""
+    return (1 - factor) * running + factor * batch
+
+
 @torch.no_grad()
-def update_(running: Tensor, batch: Tensor, factor: float | Tensor, scale: float = 1.0) -> None:
-    """Move ``running`` towards ``scale·batch`` in place, and leave no history behind.
+def update_(running: Tensor, batch: Tensor, factor: float | Tensor) -> None:
+    """Move ``running`` towards ``batch`` in place, and leave no history behind.
 
     ``no_grad`` is the whole cure of the leak: without it the buffer would take the graph of this
     step along into every later one.
     """
-    if isinstance(factor, Tensor):
-        running.mul_(1 - factor).add_(batch * factor, alpha=scale)
-    else:
-        running.mul_(1 - factor).add_(batch, alpha=factor * scale)
+    running.copy_(moved(running, batch, factor))
+
+
+class Running(NamedTuple):
+    """The running statistics of a whitening layer, and how far one batch moves them."""
+
+    mean: Tensor | None  # (C, 2)
+    covar: Tensor | None  # (C, 3)
+    factor: float | Tensor
+    unbiased: float  # what the batch's covariance is multiplied by
+
+    def update_(self, mean: Tensor, covar: Tensor) -> None:
+        if self.mean is not None:
+            update_(self.mean, mean, self.factor)
+        if self.covar is not None:
+            update_(self.covar, self.unbiased * covar, self.factor)

@@ -229,7 +229,10 @@ class Sweep:
         wide = self.ill(covar)
         return wide.int(), torch.where(wide[:, None], mean, mean.float().double()).contiguous()
 
+    update = reference.Sweep.update
+
     def apply(self, mean, covar, weight, bias) -> tuple[Tensor, ...]:
+        mean, covar = mean.double(), covar.double()
         a = whitening_matrix(covar, self.eps)
         if weight is not None:
             a = symmetric(weight.double()) @ a
@@ -263,9 +266,9 @@ class Sweep:
         return total, product - total[:, :, None] * (self.mean - centre)[:, None, :]
 
     def apply_backward(self, weight, total, product, count, need_input):
-        weight_grad, _ = reference.parameter_gradients(self.covar, self.eps, total, product)
+        gradients = reference.parameter_gradients(self.covar, self.eps, total, product)
         if not need_input:
-            return (), weight_grad
+            return (), *gradients
         a = whitening_matrix(self.covar, self.eps)
         if weight is not None:
             w = symmetric(weight.double())
@@ -277,7 +280,7 @@ class Sweep:
             p = 2 / count * whitening_matrix_adjoint(self.covar, self.eps, both)
             b = a.mT @ (total / count)[..., None] + p @ (self.mean - centre)[..., None]
             b = -b[..., 0]
-        return self._map(a.mT, b, centre, p, wide, self.grads, backward=True), weight_grad
+        return self._map(a.mT, b, centre, p, wide, self.grads, backward=True), *gradients
 
 
 def finished(sums: Tensor, shift: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from cbn_lab.kernels import reference
+from cbn_lab.running_stats import Running
 
 ENGINES = {
     "reference": "cbn_lab.kernels.reference",
@@ -36,7 +37,8 @@ def whiten(
     bias: Tensor | None,
     eps: float,
     engine: str = "auto",
-) -> tuple[Parts, Tensor, Tensor]:
+    running: Running | None = None,
+) -> Parts:
     """Whiten ``parts`` by the given statistics, or by their own where these are None.
 
     Args:
@@ -45,9 +47,10 @@ def whiten(
         weight, bias: (C, 3) and (C, 2), or None.
         eps: added to both variances.
         engine: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
+        running: moved towards the statistics of the batch, once all has succeeded.
 
     Returns:
-        the output in the form of ``parts``, the mean and the biased covariance in float64.
+        the output in the form of ``parts``.
     """
     check_engine(engine, parts[0].device.type)
     args = (parts[0], parts[1] if len(parts) == 2 else None, mean, covar, weight, bias, eps, engine)
@@ -55,10 +58,14 @@ def whiten(
         run = torch.ops.cbn_lab.complex_batch_norm
     elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         run = Whiten.apply  # which refuses what it cannot do
+    elif torch.is_grad_enabled():
+        return WhitenAtOnce.apply(*args, running)
     else:
-        run = WhitenAtOnce.apply if torch.is_grad_enabled() else forward
+        return sweep_forward(*args, running)[0]
     y, y_imag, mean, covar = run(*args)
-    return ((y,) if len(parts) == 1 else (y, y_imag)), mean, covar
+    if running is not None:
+        running.update_(mean, covar)
+    return (y,) if len(parts) == 1 else (y, y_imag)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
@@ -124,6 +131,29 @@ def start(parts: Parts, eps: float, engine: str) -> Any:
 # --- forward and backward ------------------------------------------------------------------
 
 
+def sweep_forward(
+    input: Tensor,
+    imag: Tensor | None,
+    mean: Tensor | None,
+    covar: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    engine: str,
+    running: Running | None = None,
+) -> tuple[Parts, Tensor, Tensor]:
+    """The output, and the statistics that it was made with."""
+    sweep = start(widened(input, imag), eps, engine)
+    if mean is None:
+        mean, covar = sweep.moments()
+    y = sweep.apply(mean, covar, weight, bias)
+    if y[0].dtype is not input.dtype:
+        y = tuple(part.to(input.dtype) for part in y)
+    if running is not None:
+        sweep.update(running, mean, covar)
+    return y, mean, covar
+
+
 def forward(
     input: Tensor,
     imag: Tensor | None,
@@ -134,16 +164,18 @@ def forward(
     eps: float,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    sweep = start(widened(input, imag), eps, engine)
+    y, *statistics = sweep_forward(input, imag, *kept(mean, covar), weight, bias, eps, engine)
+    return y[0], y[1] if imag is not None else input.new_empty(0), *statistics
+
+
+def kept(mean: Tensor | None, covar: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Copies in float64: a later update must not change what the backward sees."""
     if mean is None:
-        mean, covar = sweep.moments()
-    else:  # copies: a later update must not change what the backward sees
-        mean, covar = mean.to(torch.float64, copy=True), covar.to(torch.float64, copy=True)
-    y = [narrowed(part, input) for part in sweep.apply(mean, covar, weight, bias)]
-    return y[0], y[1] if imag is not None else input.new_empty(0), mean, covar
+        return None, None
+    return mean.to(torch.float64, copy=True), covar.to(torch.float64, copy=True)
 
 
-def backward(
+def sweep_backward(
     input: Tensor,
     imag: Tensor | None,
     grad: Tensor,
@@ -155,16 +187,22 @@ def backward(
     training: bool,
     need_input: bool,
     engine: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
+    """Gradients of input, imag, weight and bias; None for what is not needed or not there."""
     sweep = start(widened(input, imag), eps, engine)
     sweep.take_gradient(widened(grad, grad_imag), mean, covar)
     total, product = sweep.gram()
     count = values_per_channel(input) if training else None
-    x, weight_grad = sweep.apply_backward(weight, total, product, count, need_input)
-    x = [narrowed(part, input) for part in x] or [input.new_empty(0)]
+    x, *rest = sweep.apply_backward(weight, total, product, count, need_input)
+    x = [part if part.dtype is input.dtype else part.to(input.dtype) for part in x]
     dtype = torch.float64 if weight is None else weight.dtype
-    second = x[1] if len(x) == 2 else input.new_empty(0)
-    return x[0], second, weight_grad.to(dtype), total.to(dtype, copy=True)
+    return *x, *(None for _ in range(2 - len(x))), *(g if g.dtype is dtype else g.to(dtype) for g in rest)
+
+
+def backward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """:func:`sweep_backward` for callers that must be given tensors."""
+    found = sweep_backward(input, *args)
+    return tuple(input.new_empty(0) if part is None else part for part in found)
 
 
 def values_per_channel(input: Tensor) -> int:
@@ -182,10 +220,6 @@ def wide(tensor: Tensor) -> Tensor:
     if tensor.dtype in (torch.complex64, torch.float32, torch.complex128, torch.float64):
         return tensor
     return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
-
-
-def narrowed(output: Tensor, input: Tensor) -> Tensor:
-    return output if output.dtype is input.dtype else output.to(input.dtype)
 
 
 def second_order(
@@ -248,24 +282,27 @@ class Whiten(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run = WhitenBackward.apply if torch.is_grad_enabled() else backward
+        run = WhitenBackward.apply if torch.is_grad_enabled() else sweep_backward
         return backpropagate(ctx, run, *grads)
 
 
-class WhitenAtOnce(Whiten):
-    """The same without what ``torch.func`` needs.
+class WhitenAtOnce(torch.autograd.Function):
+    """The same without what ``torch.func`` needs; it also moves the running statistics.
 
     Where there is a ``setup_context``, torch binds the arguments to their names at every call,
     which takes as long as the arithmetic of a small layer.
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        output = forward(*args)
-        Whiten.setup_context(ctx, args, output)
-        return output
+    def forward(ctx: Any, *args: Any) -> Parts:
+        input, imag, mean, covar, *others = args
+        y, *statistics = sweep_forward(input, imag, *kept(mean, covar), *others)
+        remember(ctx, args[:8], (None, None, *statistics))
+        return y
 
-    setup_context = torch.autograd.Function.setup_context
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return *Whiten.backward(ctx, *grads), None
 
 
 class WhitenBackward(torch.autograd.Function):
@@ -291,13 +328,12 @@ def remember(ctx: Any, inputs: tuple, output: tuple) -> None:
     ctx.training, ctx.has_bias = mean is None, None if bias is None else bias.dtype
 
 
-def backpropagate(ctx: Any, run: Any, grad: Tensor | None, grad_imag: Tensor | None, *_: Any):
+def backpropagate(ctx: Any, run: Any, grad: Tensor | None, *more: Tensor | None):
     input, imag, weight, mean, covar = ctx.saved_tensors
     grad = torch.zeros_like(input) if grad is None else grad
-    if imag is not None:
-        grad_imag = torch.zeros_like(imag) if grad_imag is None else grad_imag
-    else:
-        grad_imag = None
+    grad_imag = None if imag is None else more[0]
+    if imag is not None and grad_imag is None:
+        grad_imag = torch.zeros_like(imag)
     need = ctx.needs_input_grad
     x, x_imag, weight_grad, bias_grad = run(
         input, imag, grad, grad_imag, mean, covar, weight,

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from cbn_lab.running_stats import Running
 from cbn_lab.shapes import per_channel, reduced_dims
 from cbn_lab.whitening import symmetric, whitening_matrix, whitening_matrix_adjoint
 
@@ -117,8 +118,11 @@ class Sweep:
         return moments(*self.x)
 
     def apply(self, mean, covar, weight, bias) -> tuple[Tensor, ...]:
-        weight, bias = (None if p is None else p.double() for p in (weight, bias))
-        return self.outputs(whiten(*self.x, mean, covar, weight, bias, self.eps))
+        state = (None if p is None else p.double() for p in (mean, covar, weight, bias))
+        return self.outputs(whiten(*self.x, *state, self.eps))
+
+    def update(self, running: Running, mean: Tensor, covar: Tensor) -> None:
+        running.update_(mean, covar)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
         self.g, self.mean, self.covar = as_pair(grads), mean, covar
@@ -127,12 +131,12 @@ class Sweep:
         return gram(*self.x, *self.g, self.mean)
 
     def apply_backward(self, weight, total, product, count, need_input):
-        weight_grad, _ = parameter_gradients(self.covar, self.eps, total, product)
+        gradients = parameter_gradients(self.covar, self.eps, total, product)
         if not need_input:
-            return (), weight_grad
+            return (), *gradients
         weight = None if weight is None else weight.double()
         state = (self.mean, self.covar, weight, self.eps, total, product, count)
-        return self.outputs(input_gradient(*self.x, *self.g, *state)), weight_grad
+        return self.outputs(input_gradient(*self.x, *self.g, *state)), *gradients
 
     def outputs(self, pair: Pair) -> tuple[Tensor, ...]:
         """In the form, dtype and memory format of the input."""

@@ -5,12 +5,13 @@ import math
 import numpy as np
 from numba import carray
 
-from cbn_lab import whitening
+from cbn_lab import running_stats, whitening
 from cbn_lab.kernels.cpu.tools import ceil_divide, doubles, number, plain, set_number, table
 
 roots = plain(whitening.roots)
 inverse_root = plain(whitening.inverse_root)
 congruence = plain(whitening.congruence)
+moved = plain(running_stats.moved)
 
 
 @plain
@@ -78,11 +79,12 @@ def map_forward(pointer_to_job):
     The rows of the map: centre re, im; A rr, ii, ri, ir; b re, im; others unused.
     """
     job = carray(pointer_to_job, (1,))[0]
-    c_all = job.channels
-    mean, covar = doubles(job.mean, 2 * c_all), doubles(job.covar, 3 * c_all)
+    c_all, single = job.channels, job.statistics_single
     row, wide = table(job.map, 12, c_all), doubles(job.wide, c_all)
     for c in range(c_all):
-        rr, ii, ri = covar[3 * c], covar[3 * c + 1], covar[3 * c + 2]
+        m_re, m_im = number(job.mean, 2 * c, single), number(job.mean, 2 * c + 1, single)
+        rr, ii = number(job.covar, 3 * c, single), number(job.covar, 3 * c + 1, single)
+        ri = number(job.covar, 3 * c + 2, single)
         s, t = roots(rr, ii, ri, job.eps, math.sqrt)
         r_rr, r_ii, r_ri = inverse_root(rr, ii, ri, job.eps, s, t)
         w_rr, w_ii, w_ri = weight_of(job, c)
@@ -91,16 +93,32 @@ def map_forward(pointer_to_job):
             b_re = number(job.bias, 2 * c, job.single)
             b_im = number(job.bias, 2 * c + 1, job.single)
         wide[c] = 1.0 if is_wide(rr, ii, ri, job.eps) else 0.0
-        k_re, k_im = mean[2 * c], mean[2 * c + 1]
+        k_re, k_im = m_re, m_im
         if wide[c] == 0.0:
             k_re, k_im = float(np.float32(k_re)), float(np.float32(k_im))
         a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
         a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
-        d_re, d_im = mean[2 * c] - k_re, mean[2 * c + 1] - k_im
+        d_re, d_im = m_re - k_re, m_im - k_im
         row[0, c], row[1, c] = k_re, k_im
         row[2, c], row[3, c], row[4, c], row[5, c] = a_rr, a_ii, a_ri, a_ir
         row[6, c] = b_re - (a_rr * d_re + a_ri * d_im)
         row[7, c] = b_im - (a_ir * d_re + a_ii * d_im)
+
+
+def move_running(pointer_to_job):
+    """The running statistics, moved towards those of this batch."""
+    job = carray(pointer_to_job, (1,))[0]
+    c_all, single, factor = job.channels, job.running_single, job.factor
+    mean, covar = doubles(job.mean, 2 * c_all), doubles(job.covar, 3 * c_all)
+    if job.running_mean != 0:
+        for i in range(2 * c_all):
+            old = number(job.running_mean, i, single)
+            set_number(job.running_mean, i, single, moved(old, mean[i], factor))
+    if job.running_covar != 0:
+        for i in range(3 * c_all):
+            old = number(job.running_covar, i, single)
+            new = moved(old, job.unbiased * covar[i], factor)
+            set_number(job.running_covar, i, single, new)
 
 
 def finish_gram(pointer_to_job):
@@ -132,7 +150,7 @@ def shift_to_mean(pointer_to_job):
 
 
 def map_backward(pointer_to_job):
-    """x̄ = Aᵀ·g + P·(x − shift) + c with P = (2/M)·V̄, and Γ̄.
+    """x̄ = Aᵀ·g + P·(x − shift) + c with P = (2/M)·V̄, and the gradients of Γ and β.
 
     The rows of the map: shift re, im; Aᵀ rr, ii, ri, ir; c re, im; P rr, ii, ri, ri.
     """
@@ -153,6 +171,9 @@ def map_backward(pointer_to_job):
         set_number(to, 3 * c + 1, single, g_ir * r_ri + g_ii * r_ii)
         both = g_rr * r_ri + g_ri * r_ii + g_ir * r_rr + g_ii * r_ri
         set_number(to, 3 * c + 2, single, both)
+        if job.bias_grad != 0:
+            set_number(job.bias_grad, 2 * c, single, total[2 * c])
+            set_number(job.bias_grad, 2 * c + 1, single, total[2 * c + 1])
         a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
         a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
         p_rr = p_ii = p_ri = c_re = c_im = 0.0
@@ -174,4 +195,4 @@ def map_backward(pointer_to_job):
         row[8, c], row[9, c], row[10, c], row[11, c] = p_rr, p_ii, p_ri, p_ri
 
 
-SMALL = (finish_moments, map_forward, finish_gram, shift_to_mean, map_backward)
+SMALL = (finish_moments, map_forward, move_running, finish_gram, shift_to_mean, map_backward)

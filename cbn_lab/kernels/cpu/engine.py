@@ -14,10 +14,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from cbn_lab.kernels.cpu import native
-from cbn_lab.kernels.cpu.job import TILE, Job
+from cbn_lab.kernels.cpu.job import TILE, Job, ceil_divide, ceil_to
 from cbn_lab.kernels.layout import Layout, in_and_out, in_step, outputs_like, walkable
+from cbn_lab.running_stats import Running
 
 TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, little enough to share
 TASKS = 256  # at most about so many parts: each costs a row of sums
@@ -32,7 +34,8 @@ _rooms: list[ctypes.Array] = []
 @functools.cache
 def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native.Loop]:
     """The loops for one kind of data: loaded, or compiled if that was never done here."""
-    small = ["finish_moments", "map_forward", "finish_gram", "shift_to_mean", "map_backward"]
+    small = ["finish_moments", "map_forward", "move_running"]
+    small += ["finish_gram", "shift_to_mean", "map_backward"]
     sweeps = ["guess", "moments", "apply", "gram", "apply_backward"]
     kind = f"{'rows' if rows else 'planes'}_{'f8' if dtype is torch.float64 else 'f4'}"
     label = f"{kind}_{'interleaved' if interleaved else 'apart'}"
@@ -44,7 +47,8 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
 
     folder = Path(__file__).parent
     names = ("job", "tools", "lanes", "cells", "algebra", "planes", "rows", "compiled")
-    texts = [*(folder / f"{name}.py" for name in names), folder.parents[1] / "whitening.py"]
+    texts = [folder / f"{name}.py" for name in names]
+    texts += [folder.parents[1] / f"{name}.py" for name in ("running_stats", "whitening")]
     source = "".join(path.read_text(encoding="utf-8") for path in texts)
     found = native.load([f"{label}.{name}" for name in small + sweeps], build, source)
     return {name.split(".")[1]: loop for name, loop in found.items()}
@@ -72,7 +76,8 @@ class Plan(NamedTuple):
     interleaved: bool
     step: int  # real numbers from one value to the next
     size: int  # bytes of a real number
-    slices: int  # rows of partial sums
+    room: int  # bytes of scratch memory
+    places: dict[str, int]  # where in it what begins
     threads: int  # that are worth starting
     streams: tuple[str, ...]  # the sweeps that write past the cache
     like: dict[int, Tensor]  # float64 tensors of shape (C, k): to make others like them is quick
@@ -96,9 +101,20 @@ def plan(
     if found.samples * found.channels * found.length * 2 * size <= SERIAL_BYTES:
         threads = 1
     code = loops(real, dtype.is_complex, found.rows)
-    fixed = bytes(job), dtype.is_complex, step, size, slices, min(tasks, threads)
+    fixed = bytes(job), dtype.is_complex, step, size, *scratch(found.channels, slices)
     like = {k: torch.empty(found.channels, k, dtype=torch.float64, device="cpu") for k in (2, 3, 4)}
-    return Plan(found, code, *fixed, streams(fresh, step * size, 2 * size), like)
+    past = streams(fresh, step * size, 2 * size)
+    return Plan(found, code, *fixed, min(tasks, threads), past, like)
+
+
+def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
+    """Size and division of the scratch memory: so many float64 numbers per channel for each use."""
+    columns = {"partial": 6 * slices, "shift": 2, "wide": 1, "map": 12}
+    places, end = {}, 0
+    for name, count in columns.items():
+        places[name] = end
+        end += 8 * channels * count
+    return end, places
 
 
 def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
@@ -134,14 +150,6 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
     return slices, slices * ceil_divide(c, job.channel_block)
 
 
-def ceil_divide(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def ceil_to(unit: int, a: int) -> int:
-    return ceil_divide(a, unit) * unit
-
-
 class Sweep:
     """One call's data, described to the loops."""
 
@@ -150,65 +158,65 @@ class Sweep:
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         """``parts``: one complex tensor, or the real and the imaginary one."""
         first, threads, self.like = parts[0], torch.get_num_threads(), None
-        self.plan = plan(first.shape, first.stride(), first.dtype, threads)
-        if self.plan is None:
+        found = plan(first.shape, first.stride(), first.dtype, threads)
+        if found is None:
             first, reordered = walkable(first)
             self.like = parts if reordered else None
-            self.plan = plan(first.shape, first.stride(), first.dtype, threads)
-        self.parts = (first, *(in_step(part, first) for part in parts[1:]))
-        self.job = Job.from_buffer_copy(self.plan.job)
-        self.job.eps = eps
-        self.address = ctypes.addressof(self.job)
-        self.keep: list[Tensor] = []
-        self._place("x", self.parts)
+            found = plan(first.shape, first.stride(), first.dtype, threads)
+        self.plan, self.keep = found, []
+        self.parts = (first, *[in_step(part, first) for part in parts[1:]])
+        self.job = job = Job.from_buffer_copy(found.job)
+        self.address = ctypes.addressof(job)
+        job.eps = eps
+        job.x_re, job.x_im = self._addresses(self.parts)
+        start = self._room(found.room)
+        for name, place in found.places.items():
+            setattr(job, name, start + place)
 
-    def _place(self, name: str, parts: tuple[Tensor, ...]) -> None:
-        start = parts[0].data_ptr()
-        other = start + self.plan.size if self.plan.interleaved else parts[1].data_ptr()
-        setattr(self.job, name + "_re", start)
-        setattr(self.job, name + "_im", other)
-
-    def _small(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float64) -> None:
-        """Hand over a small tensor, contiguous and of ``dtype``."""
-        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.is_neg():
-            tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
-        self.keep.append(tensor)
-        setattr(self.job, name, tensor.data_ptr())
-
-    def _parameters(self, weight: Tensor | None, bias: Tensor | None) -> None:
-        """Hand over weight and bias: as they are if both are float32, else in float64."""
-        given = {"weight": weight, "bias": bias}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        single = bool(given) and all(tensor.dtype is torch.float32 for tensor in given.values())
-        self.job.single = single
-        for name, tensor in given.items():
-            self._small(name, tensor, torch.float32 if single else torch.float64)
-
-    def _room(self, *names_and_columns: tuple[str, int]) -> None:
-        """Scratch memory, C float64 numbers a column, all of it in one place."""
-        c = self.plan.layout.channels
-        size = 8 * c * sum(k for _, k in names_and_columns)
-        at = self._borrow() if size <= ROOM else self._allocate(size)
-        for name, columns in names_and_columns:
-            setattr(self.job, name, at)
-            at += 8 * c * columns
-
-    def _borrow(self) -> int:
-        """The address of ROOM bytes, which other calls get once this one is done with them."""
+    def _room(self, size: int) -> int:
+        """The address of scratch memory; other calls get it once this one is done with it."""
+        if size > ROOM:
+            room = torch.empty(size, dtype=torch.uint8, device="cpu")
+            self.keep.append(room)
+            return room.data_ptr()
         try:
             self.room = _rooms.pop()
         except IndexError:
             self.room = ctypes.create_string_buffer(ROOM)
         return ctypes.addressof(self.room)
 
-    def _allocate(self, size: int) -> int:
-        room = torch.empty(size, dtype=torch.uint8, device="cpu")
-        self.keep.append(room)
-        return room.data_ptr()
-
     def __del__(self) -> None:
         if self.room is not None and len(_rooms) < ROOMS:
             _rooms.append(self.room)
+
+    def _addresses(self, parts: tuple[Tensor, ...]) -> tuple[int, int]:
+        """Of the first real and of the first imaginary number."""
+        start = parts[0].data_ptr()
+        return start, start + self.plan.size if self.plan.interleaved else parts[1].data_ptr()
+
+    def _small(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float64) -> None:
+        """Hand over a small tensor, contiguous and of ``dtype``."""
+        if not is_simple(tensor, dtype):
+            tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
+        self._own(name, tensor)
+
+    def _own(self, name: str, tensor: Tensor) -> Tensor:
+        """Hand over a small tensor that was made here."""
+        self.keep.append(tensor)
+        setattr(self.job, name, tensor.data_ptr())
+        return tensor
+
+    def _all_small(self, flag: str, **tensors: Tensor | None) -> bool:
+        """Hand over small tensors: as they are if all are float32, else in float64."""
+        given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
+        dtype = torch.float32 if given else torch.float64
+        for _, tensor in given:
+            if tensor.dtype is not torch.float32:
+                dtype = torch.float64
+        for name, tensor in given:
+            self._small(name, tensor, dtype)
+        setattr(self.job, flag, dtype is torch.float32)
+        return dtype is torch.float32
 
     def _run(self, name: str) -> None:
         self.plan.loops[name](self.address)
@@ -223,9 +231,9 @@ class Sweep:
         if out[0].nbytes > native.HUGE:
             for part in out:
                 native.ask_for_huge_pages(part)
-        self._place("y", out)
-        aligned = not any(part.data_ptr() % LINE for part in out)
-        self.job.stream = name in self.plan.streams and aligned
+        self.job.y_re, self.job.y_im = self._addresses(out)
+        past = name in self.plan.streams
+        self.job.stream = past and not any(part.data_ptr() % LINE for part in out)
         self._sweep(name)
         if self.like is None:
             return out
@@ -234,10 +242,8 @@ class Sweep:
         )
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        mean, covar = (torch.empty_like(self.plan.like[k]) for k in (2, 3))
-        self._room(("partial", 6 * self.plan.slices), ("shift", 2), ("wide", 1), ("map", 12))
-        self._small("mean", mean)
-        self._small("covar", covar)
+        mean = self._own("mean", torch.empty_like(self.plan.like[2]))
+        covar = self._own("covar", torch.empty_like(self.plan.like[3]))
         self._run("guess")
         self._sweep("moments")
         self._run("finish_moments")
@@ -250,27 +256,38 @@ class Sweep:
     def apply(
         self, mean: Tensor, covar: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        self._small("mean", mean)
-        self._small("covar", covar)
-        self._parameters(weight, bias)
-        if not self.job.map:
-            self._room(("map", 12), ("wide", 1))
+        self._all_small("statistics_single", mean=mean, covar=covar)
+        self._all_small("single", weight=weight, bias=bias)
         self._run("map_forward")
         return self._write("apply")
+
+    def update(self, running: Running, mean: Tensor, covar: Tensor) -> None:
+        """Move the running statistics towards those that ``moments`` has left in the job."""
+        given = {"running_mean": running.mean, "running_covar": running.covar}
+        given = {name: tensor for name, tensor in given.items() if tensor is not None}
+        dtypes = {tensor.dtype for tensor in given.values()}
+        simple = len(dtypes) == 1 and all(is_simple(tensor, *dtypes) for tensor in given.values())
+        if not simple or dtypes - {torch.float32, torch.float64} or isinstance(running.factor, Tensor):
+            return running.update_(mean, covar)
+        for name, tensor in given.items():
+            self._own(name, tensor)
+        self.job.running_single = torch.float32 in dtypes
+        self.job.factor, self.job.unbiased = running.factor, running.unbiased
+        self._run("move_running")
+        for tensor in given.values():
+            increment_version(tensor)  # or autograd would not see that it has changed
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
         grads = tuple(in_step(grad, self.parts[0]) for grad in grads)
         self.keep.extend(grads)
-        self._place("g", grads)
+        self.job.g_re, self.job.g_im = self._addresses(grads)
         self._small("mean", mean)
         self._small("covar", covar)
-        self._room(("partial", 6 * self.plan.slices), ("shift", 2), ("wide", 1), ("map", 12))
         self._run("shift_to_mean")
 
     def gram(self) -> tuple[Tensor, Tensor]:
-        total, product = (torch.empty_like(self.plan.like[k]) for k in (2, 4))
-        self._small("total", total)
-        self._small("product", product)
+        total = self._own("total", torch.empty_like(self.plan.like[2]))
+        product = self._own("product", torch.empty_like(self.plan.like[4]))
         self._sweep("gram")
         self._run("finish_gram")
         return total, product.view(-1, 2, 2)
@@ -282,16 +299,23 @@ class Sweep:
         product: Tensor,
         count: int | None,
         need_input: bool,
-    ) -> tuple[tuple[Tensor, ...], Tensor]:
-        """Gradients of the input and of the weight; ``count`` None: the statistics were given."""
-        self._parameters(weight, None)
-        like = self.plan.like[3]
-        weight_grad = torch.empty_like(like, dtype=torch.float32 if self.job.single else None)
+    ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
+        """Gradients of input, weight and bias; ``count`` None: the statistics were given."""
+        like, single = self.plan.like, self._all_small("single", weight=weight)
+        dtype = torch.float32 if single else torch.float64
+        weight_grad = self._own("weight_grad", torch.empty_like(like[3], dtype=dtype))
+        bias_grad = total
+        if single:
+            bias_grad = self._own("bias_grad", torch.empty_like(like[2], dtype=dtype))
         self._small("total", total)
         self._small("product", product)
-        self.job.weight_grad = weight_grad.data_ptr()
         self.job.training, self.job.count = (0, 1) if count is None else (1, count)
         self._run("map_backward")
         if not need_input:
-            return (), weight_grad
-        return self._write("apply_backward"), weight_grad
+            return (), weight_grad, bias_grad
+        return self._write("apply_backward"), weight_grad, bias_grad
+
+
+def is_simple(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the numbers stand in memory one after the other, as they are."""
+    return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.is_neg()

@@ -20,8 +20,10 @@ INTEGERS = (
     # Addresses of the real and imaginary parts of input, output gradient and result; their strides
     # from sample to sample (row to row) and from channel to channel, in real numbers.
     *(f"{a}_{b}" for a in ("x", "g", "y") for b in ("re", "im", "sample", "channel")),
-    "single",  # weight, its gradient and bias are float32
-    # Addresses of small arrays, float64 unless "single" says otherwise.
+    # Addresses of small arrays, float64 unless a number here says that they are float32.
+    "single",  # weight, bias and their gradients
+    "statistics_single",  # mean and covariance, where they are given
+    "running_single",  # both running statistics
     "partial",  # (parts, 6, C) sums
     "shift",  # (2, C) the point about which sums are taken
     "wide",  # (C,) whether the channel is done in float64
@@ -33,11 +35,26 @@ INTEGERS = (
     "total",  # (C, 2): Σ g
     "product",  # (C, 4): Σ g·(x − μ)ᵀ
     "weight_grad",  # (C, 3)
+    "bias_grad",  # (C, 2), or 0: it is total, in another precision
+    "running_mean",  # (C, 2) or 0
+    "running_covar",  # (C, 3) or 0
 )
-NUMBERS = ("eps",)
+NUMBERS = (
+    "eps",
+    "factor",  # weight of this batch in the running statistics
+    "unbiased",  # what its covariance is multiplied by before
+)
 
 
 class Job(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int64) for name in INTEGERS] + [
         (name, ctypes.c_double) for name in NUMBERS
     ]
+
+
+def ceil_divide(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def ceil_to(unit: int, a: int) -> int:
+    return ceil_divide(a, unit) * unit

@@ -5,6 +5,7 @@ from llvmlite import ir
 from numba import carray, njit, types
 from numba.extending import intrinsic
 
+from cbn_lab.kernels.cpu import job as structure
 from cbn_lab.kernels.cpu.job import INTEGERS, NUMBERS
 
 # No nnan and no ninf: NaN and infinity in the input must show in the output.
@@ -15,6 +16,7 @@ BARE = {"error_model": "numpy", "no_cpython_wrapper": True, "no_cfunc_wrapper": 
 plain = njit(forceinline=True, **BARE)
 fast = njit(forceinline=True, fastmath=FAST, **BARE)
 tiny = njit(inline="always", **BARE)
+ceil_divide = plain(structure.ceil_divide)
 
 JOB = types.Record.make_c_struct(
     [(name, types.int64) for name in INTEGERS] + [(name, types.float64) for name in NUMBERS]
@@ -80,11 +82,6 @@ def ahead(typing, base, count):
         return builder.gep(args[0], [args[1]], inbounds=True)
 
     return base(base, types.int64), generate
-
-
-@plain
-def ceil_divide(a, b):
-    return (a + b - 1) // b
 
 
 @plain
