@@ -154,9 +154,10 @@ def check_arguments(
     checks.check_channels(input, lengths[0] if lengths else input.shape[1:2].numel())
     for name, tensor in given.items():
         checks.check_shape(name, tensor, (input.shape[1],), input.device)
-    checks.check_statistics_given(training, running_mean=running_mean, running_var=running_var)
     if training:
         checks.check_enough_values(input)
+    else:
+        checks.check_statistics_given(running_mean=running_mean, running_var=running_var)
 
 
 def update_running(
@@ -252,15 +253,13 @@ class NormBase(nn.Module):
         The batch is counted only once the call has succeeded.
         """
         updates = self.training and self.track_running_stats
-        reads = not self.training
-        statistics = [
-            getattr(self, name) if updates or reads else None for name in self.initial_statistics
-        ]
+        unused = self.training and not self.track_running_stats
+        statistics = [None if unused else getattr(self, name) for name in self.initial_statistics]
         output = function(
             input,
             *statistics,
-            *(getattr(self, name) for name in self.initial_parameters),
-            training=self.training or all(value is None for value in statistics),
+            *[getattr(self, name) for name in self.initial_parameters],
+            training=self.training or all([value is None for value in statistics]),
             momentum=self.average_factor() if updates else 0.0,
             eps=self.eps,
         )

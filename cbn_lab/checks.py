@@ -90,13 +90,13 @@ def check_shape(
         raise ValueError(f"expected {name} on {device}, as the input, got {tensor.device}")
     if not tensor.is_floating_point():
         raise TypeError(f"expected {name} of a real floating-point type, got {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}")
 
 
-def check_statistics_given(training: bool, **statistics: Tensor | None) -> None:
+def check_statistics_given(**statistics: Tensor | None) -> None:
     missing = [name for name, value in statistics.items() if value is None]
-    if missing and not training:
+    if missing:
         raise ValueError(f"expected {' and '.join(missing)} when training=False, got None")
 
 

@@ -54,8 +54,10 @@ def complex_batch_norm(
     checks.check_eps(eps, training)
     running, statistics = None, (running_mean, running_covar)
     if training:
-        unbiased = bessel(checks.check_enough_values(parts[0]))
-        running, statistics = Running(*statistics, momentum, unbiased), (None, None)
+        if running_mean is not None or running_covar is not None:
+            unbiased = bessel(checks.check_enough_values(parts[0]))
+            running = Running(*statistics, momentum, unbiased)
+        statistics = None, None
     output = kernels.whiten(parts, *statistics, weight, bias, eps, engine, running)
     return output if len(output) == 2 else output[0]
 
@@ -72,11 +74,13 @@ def check_arguments(
     """The complex tensor or the two real ones, once everything has been found as it must be."""
     re = part_of(input)
     checks.check_channels(re, channels(re, running_mean, running_covar, weight, bias))
-    rows = dict(running_mean=2, running_covar=3, weight=3, bias=2)
-    given = (running_mean, running_covar, weight, bias)
-    for (name, length), tensor in zip(rows.items(), given, strict=True):
-        checks.check_shape(name, tensor, (re.shape[1], length), re.device)
-    checks.check_statistics_given(training, running_mean=running_mean, running_covar=running_covar)
+    c, device = re.shape[1], re.device
+    checks.check_shape("running_mean", running_mean, (c, 2), device)
+    checks.check_shape("running_covar", running_covar, (c, 3), device)
+    checks.check_shape("weight", weight, (c, 3), device)
+    checks.check_shape("bias", bias, (c, 2), device)
+    if not training:
+        checks.check_statistics_given(running_mean=running_mean, running_covar=running_covar)
     if training and alone:  # with others, what counts is the sum over the ranks
         checks.check_enough_values(re)
     return (input,) if isinstance(input, Tensor) else tuple(input)
@@ -84,9 +88,10 @@ def check_arguments(
 
 def channels(re: Tensor, *given: Tensor | None) -> int:
     """The channel count that the first of the given per-channel tensors asks for."""
-    # No next(..., default): torch.compile of the oldest supported torch does not know it.
-    lengths = [len(tensor) for tensor in given if tensor is not None]
-    return lengths[0] if lengths else re.shape[1:2].numel()
+    for tensor in given:
+        if tensor is not None:
+            return tensor.shape[:1].numel()
+    return re.shape[1:2].numel()
 
 
 def part_of(input: Tensor | Pair) -> Tensor:

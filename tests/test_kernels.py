@@ -565,3 +565,56 @@ def test_a_default_device_does_not_move_the_engines_own_memory():
         y = bn(z)
         y.abs().sum().backward()
     torch.testing.assert_close(y, expected)
+
+
+# --- running statistics -----------------------------------------------------------------------
+
+RUNNING = {
+    "float32": lambda t: t.float(),
+    "float64": lambda t: t.double(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "columns apart": lambda t: torch.stack([t, t], -1)[..., 0].float(),
+    "negative view": lambda t: torch._neg_view(-t.float()),
+}
+
+
+@pytest.mark.parametrize("factor", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
+@pytest.mark.parametrize("gone", [None, 0, 1])
+@pytest.mark.parametrize("kind", RUNNING)
+def test_the_engine_moves_the_running_statistics_by_the_rule(kind, gone, factor):
+    z = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1
+    start = torch.randn(3, 2).double(), torch.rand(3, 3).double()
+    found = {}
+    for engine in ("reference", "numba"):
+        running = [None if k == gone else RUNNING[kind](t.clone()) for k, t in enumerate(start)]
+        places = [t if t is None else (t.data_ptr(), t._version) for t in running]
+        for _ in range(2):
+            F.complex_batch_norm(z, *running, training=True, momentum=factor, engine=engine)
+        for tensor, place in zip(running, places, strict=True):
+            assert tensor is None or tensor.data_ptr() == place[0]  # in place
+            assert tensor is None or tensor._version > place[1]  # and autograd is told
+        found[engine] = running
+    for mine, expected in zip(found["numba"], found["reference"], strict=True):
+        torch.testing.assert_close(mine, expected)
+
+
+@pytest.mark.parametrize("kind", RUNNING)
+def test_given_statistics_may_have_any_real_type_and_stride(kind):
+    z = oracle.correlated(6, 3, 5, dtype=torch.complex64)
+    mean, covar = torch.randn(3, 2), torch.tensor([[2.0, 1.0, 0.5]]).repeat(3, 1)
+    running = RUNNING[kind](mean), RUNNING[kind](covar)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            outputs = [
+                F.complex_batch_norm(z.clone().requires_grad_(grad), *running, engine=engine)
+                for engine in ("reference", "numba")
+            ]
+        torch.testing.assert_close(*outputs)
+
+
+def test_running_statistics_made_in_inference_mode_can_be_moved():
+    with torch.inference_mode():
+        running = torch.zeros(3, 2), torch.ones(3, 3)
+        z = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1
+        F.complex_batch_norm(z, *running, training=True, engine="numba")
+        assert not running[0].eq(0).any()

@@ -93,7 +93,7 @@ def in_step(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def outputs_like(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(parts[0]) for _ in parts)
+    return tuple([torch.empty_like(parts[0]) for _ in parts])
 
 
 def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple[int, int | None]:

@@ -26,6 +26,8 @@ ENGINES = {
 NATIVE = {"cpu": "numba", "cuda": "triton"}
 _loaded: dict[str, ModuleType] = {"reference": reference}
 
+PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+WIDE = frozenset((torch.complex64, torch.float32, torch.complex128, torch.float64))
 Parts = tuple[Tensor, ...]  # one complex tensor, or a real and an imaginary one
 
 
@@ -73,7 +75,7 @@ def is_plain(*tensors: Tensor | None) -> bool:
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
-        or any(type(t) not in (Tensor, torch.nn.Parameter, type(None)) for t in tensors)
+        or not PLAIN.issuperset(map(type, tensors))
     )
 
 
@@ -83,6 +85,8 @@ def is_plain(*tensors: Tensor | None) -> bool:
 def check_engine(engine: str, device: str) -> None:
     if engine not in (*ENGINES, "auto"):
         raise ValueError(f"expected engine to be one of auto, {', '.join(ENGINES)}, got {engine!r}")
+    if engine == "auto" and device in NATIVE:
+        return
     needed = {name: device for device, name in NATIVE.items()}.get(engine, device)
     if device == "mps":
         raise NotImplementedError(
@@ -117,10 +121,10 @@ def give_up(name: str, error: Exception) -> None:
 
 def start(parts: Parts, eps: float, engine: str) -> Any:
     """The sweep over ``parts`` of the engine that suits them."""
-    if parts[0].numel() == 0:
-        return reference.Sweep(parts, eps)
     if engine == "auto":
         engine = NATIVE.get(parts[0].device.type, "reference")
+    if parts[0].numel() == 0:
+        engine = "reference"
     try:
         return load_engine(engine).Sweep(parts, eps)
     except ImportError as error:  # loops of one kind are on disk, those of another must be compiled
@@ -146,9 +150,7 @@ def sweep_forward(
     sweep = start(widened(input, imag), eps, engine)
     if mean is None:
         mean, covar = sweep.moments()
-    y = sweep.apply(mean, covar, weight, bias)
-    if y[0].dtype is not input.dtype:
-        y = tuple(part.to(input.dtype) for part in y)
+    y = tuple([narrowed(part, input.dtype) for part in sweep.apply(mean, covar, weight, bias)])
     if running is not None:
         sweep.update(running, mean, covar)
     return y, mean, covar
@@ -193,10 +195,10 @@ def sweep_backward(
     sweep.take_gradient(widened(grad, grad_imag), mean, covar)
     total, product = sweep.gram()
     count = values_per_channel(input) if training else None
-    x, *rest = sweep.apply_backward(weight, total, product, count, need_input)
-    x = [part if part.dtype is input.dtype else part.to(input.dtype) for part in x]
+    x, weight_grad, bias_grad = sweep.apply_backward(weight, total, product, count, need_input)
+    x, x_imag = (*[narrowed(part, input.dtype) for part in x], None, None)[:2]
     dtype = torch.float64 if weight is None else weight.dtype
-    return *x, *(None for _ in range(2 - len(x))), *(g if g.dtype is dtype else g.to(dtype) for g in rest)
+    return x, x_imag, narrowed(weight_grad, dtype), narrowed(bias_grad, dtype)
 
 
 def backward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -217,9 +219,13 @@ def widened(input: Tensor, imag: Tensor | None) -> Parts:
 def wide(tensor: Tensor) -> Tensor:
     if tensor.is_conj() or tensor.is_neg():
         tensor = tensor.resolve_conj().resolve_neg()
-    if tensor.dtype in (torch.complex64, torch.float32, torch.complex128, torch.float64):
+    if tensor.dtype in WIDE:
         return tensor
     return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+
+
+def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype is dtype else tensor.to(dtype)
 
 
 def second_order(

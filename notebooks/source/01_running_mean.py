@@ -23,7 +23,7 @@ from torch import nn
 
 from cbn_lab import BatchNorm2d, MomentumExplorer, plots
 from cbn_lab.exercises import TODO, check, predict
-from cbn_lab.running_stats import update_
+from cbn_lab.running_stats import moved, update_
 
 _ = torch.manual_seed(0)
 
@@ -147,11 +147,11 @@ check("update rule", update)
 # %% [markdown]
 # ## The same in Python
 #
-# `cbn_lab.BatchNorm2d` is the layer from scratch, and there the line exists. It is the only place in
-# the kit that updates a running statistic:
+# `cbn_lab.BatchNorm2d` is the layer from scratch, and there the line exists. The rule has one place in
+# the kit, and all its layers take it from there:
 
 # %%
-print(inspect.getsource(update_))
+print(inspect.getsource(moved), inspect.getsource(update_), sep="\n")
 
 # %% [markdown]
 # `no_grad` in front of it looks harmless. Notebook 5 is about what happens without it. Five steps of

@@ -80,7 +80,7 @@ class Plan(NamedTuple):
     places: dict[str, int]  # where in it what begins
     threads: int  # that are worth starting
     streams: tuple[str, ...]  # the sweeps that write past the cache
-    like: dict[int, Tensor]  # float64 tensors of shape (C, k): to make others like them is quick
+    like: dict[tuple[int, ...], Tensor]  # (C, ...) in float64: to make others like them is quick
 
 
 @functools.lru_cache(1024)
@@ -102,7 +102,10 @@ def plan(
         threads = 1
     code = loops(real, dtype.is_complex, found.rows)
     fixed = bytes(job), dtype.is_complex, step, size, *scratch(found.channels, slices)
-    like = {k: torch.empty(found.channels, k, dtype=torch.float64, device="cpu") for k in (2, 3, 4)}
+    like = {
+        shape: torch.empty(found.channels, *shape, dtype=torch.float64, device="cpu")
+        for shape in ((2,), (3,), (2, 2))
+    }
     past = streams(fresh, step * size, 2 * size)
     return Plan(found, code, *fixed, min(tasks, threads), past, like)
 
@@ -208,15 +211,13 @@ class Sweep:
 
     def _all_small(self, flag: str, **tensors: Tensor | None) -> bool:
         """Hand over small tensors: as they are if all are float32, else in float64."""
-        given = [(name, tensor) for name, tensor in tensors.items() if tensor is not None]
-        dtype = torch.float32 if given else torch.float64
-        for _, tensor in given:
-            if tensor.dtype is not torch.float32:
-                dtype = torch.float64
-        for name, tensor in given:
-            self._small(name, tensor, dtype)
-        setattr(self.job, flag, dtype is torch.float32)
-        return dtype is torch.float32
+        dtypes = {tensor.dtype for tensor in tensors.values() if tensor is not None}
+        single = dtypes == {torch.float32}
+        for name, tensor in tensors.items():
+            if tensor is not None:
+                self._small(name, tensor, torch.float32 if single else torch.float64)
+        setattr(self.job, flag, single)
+        return single
 
     def _run(self, name: str) -> None:
         self.plan.loops[name](self.address)
@@ -242,8 +243,8 @@ class Sweep:
         )
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        mean = self._own("mean", torch.empty_like(self.plan.like[2]))
-        covar = self._own("covar", torch.empty_like(self.plan.like[3]))
+        mean = self._own("mean", torch.empty_like(self.plan.like[2,]))
+        covar = self._own("covar", torch.empty_like(self.plan.like[3,]))
         self._run("guess")
         self._sweep("moments")
         self._run("finish_moments")
@@ -263,18 +264,17 @@ class Sweep:
 
     def update(self, running: Running, mean: Tensor, covar: Tensor) -> None:
         """Move the running statistics towards those that ``moments`` has left in the job."""
-        given = {"running_mean": running.mean, "running_covar": running.covar}
-        given = {name: tensor for name, tensor in given.items() if tensor is not None}
-        dtypes = {tensor.dtype for tensor in given.values()}
-        simple = len(dtypes) == 1 and all(is_simple(tensor, *dtypes) for tensor in given.values())
-        if not simple or dtypes - {torch.float32, torch.float64} or isinstance(running.factor, Tensor):
+        single = (running.mean if running.covar is None else running.covar).dtype is torch.float32
+        dtype = torch.float32 if single else torch.float64
+        given = [tensor for tensor in running[:2] if tensor is not None]
+        simple = [is_simple(tensor, dtype) for tensor in given]
+        if not all(simple) or isinstance(running.factor, Tensor):
             return running.update_(mean, covar)
-        for name, tensor in given.items():
-            self._own(name, tensor)
-        self.job.running_single = torch.float32 in dtypes
+        self.job.running_mean, self.job.running_covar = map(address, running[:2])
+        self.job.running_single = single
         self.job.factor, self.job.unbiased = running.factor, running.unbiased
         self._run("move_running")
-        for tensor in given.values():
+        for tensor in given:
             increment_version(tensor)  # or autograd would not see that it has changed
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
@@ -286,11 +286,11 @@ class Sweep:
         self._run("shift_to_mean")
 
     def gram(self) -> tuple[Tensor, Tensor]:
-        total = self._own("total", torch.empty_like(self.plan.like[2]))
-        product = self._own("product", torch.empty_like(self.plan.like[4]))
+        total = self._own("total", torch.empty_like(self.plan.like[2,]))
+        product = self._own("product", torch.empty_like(self.plan.like[2, 2]))
         self._sweep("gram")
         self._run("finish_gram")
-        return total, product.view(-1, 2, 2)
+        return total, product
 
     def apply_backward(
         self,
@@ -303,10 +303,10 @@ class Sweep:
         """Gradients of input, weight and bias; ``count`` None: the statistics were given."""
         like, single = self.plan.like, self._all_small("single", weight=weight)
         dtype = torch.float32 if single else torch.float64
-        weight_grad = self._own("weight_grad", torch.empty_like(like[3], dtype=dtype))
+        weight_grad = self._own("weight_grad", torch.empty_like(like[3,], dtype=dtype))
         bias_grad = total
         if single:
-            bias_grad = self._own("bias_grad", torch.empty_like(like[2], dtype=dtype))
+            bias_grad = self._own("bias_grad", torch.empty_like(like[2,], dtype=dtype))
         self._small("total", total)
         self._small("product", product)
         self.job.training, self.job.count = (0, 1) if count is None else (1, count)
@@ -314,6 +314,10 @@ class Sweep:
         if not need_input:
             return (), weight_grad, bias_grad
         return self._write("apply_backward"), weight_grad, bias_grad
+
+
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def is_simple(tensor: Tensor, dtype: torch.dtype) -> bool:
