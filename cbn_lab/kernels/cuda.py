@@ -153,8 +153,8 @@ def map_kernel(
         tl.store(y_im + o, t, mask=mask)
 
 
-class Sweep:
-    """The steps of a forward and a backward; see :class:`cbn_lab.kernels.reference.Sweep`."""
+class Sweep(reference.Sweep):
+    """The steps of a forward and a backward in Triton."""
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         first, reordered = walkable(parts[0])
@@ -228,8 +228,6 @@ class Sweep:
     def centre(self, mean: Tensor, covar: Tensor) -> tuple[Tensor, Tensor]:
         wide = self.ill(covar)
         return wide.int(), torch.where(wide[:, None], mean, mean.float().double()).contiguous()
-
-    update = reference.Sweep.update
 
     def apply(self, mean, covar, weight, bias) -> tuple[Tensor, ...]:
         mean, covar = mean.double(), covar.double()

@@ -148,12 +148,8 @@ def sweep_forward(
 ) -> tuple[Parts, Tensor, Tensor]:
     """The output, and the statistics that it was made with."""
     sweep = start(widened(input, imag), eps, engine)
-    if mean is None:
-        mean, covar = sweep.moments()
-    y = tuple([narrowed(part, input.dtype) for part in sweep.apply(mean, covar, weight, bias)])
-    if running is not None:
-        sweep.update(running, mean, covar)
-    return y, mean, covar
+    y, mean, covar = sweep.forward(mean, covar, weight, bias, running)
+    return tuple([narrowed(part, input.dtype) for part in y]), mean, covar
 
 
 def forward(
@@ -192,10 +188,10 @@ def sweep_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of input, imag, weight and bias; None for what is not needed or not there."""
     sweep = start(widened(input, imag), eps, engine)
-    sweep.take_gradient(widened(grad, grad_imag), mean, covar)
-    total, product = sweep.gram()
     count = values_per_channel(input) if training else None
-    x, weight_grad, bias_grad = sweep.apply_backward(weight, total, product, count, need_input)
+    x, weight_grad, bias_grad = sweep.backward(
+        widened(grad, grad_imag), mean, covar, weight, count, need_input
+    )
     x, x_imag = (*[narrowed(part, input.dtype) for part in x], None, None)[:2]
     dtype = torch.float64 if weight is None else weight.dtype
     return x, x_imag, narrowed(weight_grad, dtype), narrowed(bias_grad, dtype)

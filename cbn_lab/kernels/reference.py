@@ -108,11 +108,25 @@ def apply(a: Float[Tensor, "C 2 2"], re: Tensor, im: Tensor) -> Pair:
 
 
 class Sweep:
-    """The steps of a forward and a backward, as every engine offers them; all in float64."""
+    """A forward and a backward and their steps, as every engine offers them; all in float64."""
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         self.like, self.eps = parts, eps
         self.x = as_pair(parts)
+
+    def forward(self, mean, covar, weight, bias, running: Running | None):
+        """The output, and the statistics that it was made with: those of the batch for None."""
+        if mean is None:
+            mean, covar = self.moments()
+        y = self.apply(mean, covar, weight, bias)
+        if running is not None:
+            running.update_(mean, covar)
+        return y, mean, covar
+
+    def backward(self, grads, mean, covar, weight, count, need_input):
+        """Gradients of input (if needed), weight and bias."""
+        self.take_gradient(grads, mean, covar)
+        return self.apply_backward(weight, *self.gram(), count, need_input)
 
     def moments(self) -> tuple[Tensor, Tensor]:
         return moments(*self.x)
@@ -120,9 +134,6 @@ class Sweep:
     def apply(self, mean, covar, weight, bias) -> tuple[Tensor, ...]:
         state = (None if p is None else p.double() for p in (mean, covar, weight, bias))
         return self.outputs(whiten(*self.x, *state, self.eps))
-
-    def update(self, running: Running, mean: Tensor, covar: Tensor) -> None:
-        running.update_(mean, covar)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
         self.g, self.mean, self.covar = as_pair(grads), mean, covar

@@ -15,7 +15,17 @@ import numpy as np
 from numba import carray
 
 from cbn_lab.kernels.cpu import algebra, planes, rows
-from cbn_lab.kernels.cpu.tools import SIGNATURE, bounds, doubles, next_task, table, tasks
+from cbn_lab.kernels.cpu.tools import (
+    SIGNATURE,
+    bounds,
+    call,
+    call_parallel,
+    doubles,
+    next_task,
+    plain,
+    table,
+    tasks,
+)
 
 
 def forwards(block):
@@ -63,6 +73,42 @@ def first_guess(block):
     return loop
 
 
+@plain
+def sweep(job, pointer_to_job, loop):
+    job.counter = 0
+    if job.threads <= 1:
+        call(loop, pointer_to_job)
+    else:
+        call_parallel(job.parallel, loop, pointer_to_job, job.threads)
+
+
+def whole_forward(pointer_to_job):
+    """All steps of a forward. Python between them would run cold: a sweep empties the caches."""
+    job = carray(pointer_to_job, (1,))[0]
+    if job.training != 0:
+        call(job.guess, pointer_to_job)
+        sweep(job, pointer_to_job, job.moments)
+        call(job.finish_moments, pointer_to_job)
+        if job.wide_found != 0:
+            job.only_wide = 1
+            sweep(job, pointer_to_job, job.moments)
+            call(job.finish_moments, pointer_to_job)
+    call(job.map_forward, pointer_to_job)
+    sweep(job, pointer_to_job, job.apply)
+    call(job.move_running, pointer_to_job)
+
+
+def whole_backward(pointer_to_job):
+    """All steps of a backward; no gradient of the input where there is no place for it."""
+    job = carray(pointer_to_job, (1,))[0]
+    call(job.shift_to_mean, pointer_to_job)
+    sweep(job, pointer_to_job, job.gram)
+    call(job.finish_gram, pointer_to_job)
+    call(job.map_backward, pointer_to_job)
+    if job.y_re != 0:
+        sweep(job, pointer_to_job, job.apply_backward)
+
+
 def all_loops(double: bool, interleaved: bool, in_rows: bool):
     """Every loop by name, not yet compiled."""
     dtype = np.float64 if double else np.float32
@@ -75,7 +121,8 @@ def all_loops(double: bool, interleaved: bool, in_rows: bool):
         "gram": forwards(gram),
         "apply_backward": backwards(apply_backward),
     }
-    return {function.__name__: function for function in algebra.SMALL} | sweeps
+    others = (*algebra.SMALL, whole_forward, whole_backward)
+    return {function.__name__: function for function in others} | sweeps
 
 
 def compile_loops(

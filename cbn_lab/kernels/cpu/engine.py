@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import increment_version
 
+from cbn_lab.kernels import reference
 from cbn_lab.kernels.cpu import native
-from cbn_lab.kernels.cpu.job import TILE, Job, ceil_divide, ceil_to
+from cbn_lab.kernels.cpu.job import LOOPS, TILE, Job, ceil_divide, ceil_to
 from cbn_lab.kernels.layout import Layout, in_and_out, in_step, outputs_like, walkable
 from cbn_lab.running_stats import Running
 
@@ -34,9 +35,6 @@ _rooms: list[ctypes.Array] = []
 @functools.cache
 def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native.Loop]:
     """The loops for one kind of data: loaded, or compiled if that was never done here."""
-    small = ["finish_moments", "map_forward", "move_running"]
-    small += ["finish_gram", "shift_to_mean", "map_backward"]
-    sweeps = ["guess", "moments", "apply", "gram", "apply_backward"]
     kind = f"{'rows' if rows else 'planes'}_{'f8' if dtype is torch.float64 else 'f4'}"
     label = f"{kind}_{'interleaved' if interleaved else 'apart'}"
 
@@ -46,11 +44,12 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
         return compiled.compile_loops(label, dtype is torch.float64, interleaved, rows)
 
     folder = Path(__file__).parent
-    names = ("job", "tools", "lanes", "cells", "algebra", "planes", "rows", "compiled")
-    texts = [folder / f"{name}.py" for name in names]
+    texts = ("job", "tools", "lanes", "cells", "algebra", "planes", "rows", "compiled")
+    texts = [folder / f"{name}.py" for name in texts]
     texts += [folder.parents[1] / f"{name}.py" for name in ("running_stats", "whitening")]
     source = "".join(path.read_text(encoding="utf-8") for path in texts)
-    found = native.load([f"{label}.{name}" for name in small + sweeps], build, source)
+    names = "whole_forward", "whole_backward", *LOOPS
+    found = native.load([f"{label}.{name}" for name in names], build, source)
     return {name.split(".")[1]: loop for name, loop in found.items()}
 
 
@@ -101,6 +100,9 @@ def plan(
     if found.samples * found.channels * found.length * 2 * size <= SERIAL_BYTES:
         threads = 1
     code = loops(real, dtype.is_complex, found.rows)
+    for name in LOOPS:
+        setattr(job, name, native.address(code[name]))
+    job.parallel, job.threads = native.address(native.openmp()), min(tasks, threads)
     fixed = bytes(job), dtype.is_complex, step, size, *scratch(found.channels, slices)
     like = {
         shape: torch.empty(found.channels, *shape, dtype=torch.float64, device="cpu")
@@ -153,7 +155,7 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
     return slices, slices * ceil_divide(c, job.channel_block)
 
 
-class Sweep:
+class Sweep(reference.Sweep):
     """One call's data, described to the loops."""
 
     room: ctypes.Array | None = None  # scratch memory that goes back when the call is done
@@ -226,8 +228,8 @@ class Sweep:
         self.job.counter = 0
         native.parallel(self.plan.loops[name], self.address, self.plan.threads)
 
-    def _write(self, name: str) -> tuple[Tensor, ...]:
-        """Run the sweep that writes, into fresh tensors with the memory format of what came in."""
+    def _make(self, name: str) -> tuple[Tensor, ...]:
+        """Room for what the sweep called ``name`` writes, with the memory format of the input."""
         out = outputs_like(self.parts)
         if out[0].nbytes > native.HUGE:
             for part in out:
@@ -235,16 +237,90 @@ class Sweep:
         self.job.y_re, self.job.y_im = self._addresses(out)
         past = name in self.plan.streams
         self.job.stream = past and not any(part.data_ptr() % LINE for part in out)
-        self._sweep(name)
+        return out
+
+    def _finished(self, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """In the caller's memory format, if that could not be walked."""
         if self.like is None:
             return out
         return tuple(
             torch.empty_like(old).copy_(new) for old, new in zip(self.like, out, strict=True)
         )
 
+    def forward(self, mean, covar, weight, bias, running: Running | None):
+        """The steps below in one call; one by one where threads can only be had from Python."""
+        if self.plan.threads > 1 and native.openmp() is None:
+            return super().forward(mean, covar, weight, bias, running)
+        self.job.training = mean is None
+        if mean is None:
+            mean, covar = self._statistics()
+        else:
+            self._all_small("statistics_single", mean=mean, covar=covar)
+        self._all_small("single", weight=weight, bias=bias)
+        out, moved = self._make("apply"), self._take_running(running)
+        self._run("whole_forward")
+        for tensor in moved:
+            increment_version(tensor)  # or autograd would not see that it has changed
+        if running is not None and not moved:
+            running.update_(mean, covar)
+        return self._finished(out), mean, covar
+
+    def backward(self, grads, mean, covar, weight, count, need_input):
+        if self.plan.threads > 1 and native.openmp() is None:
+            return super().backward(grads, mean, covar, weight, count, need_input)
+        self._take_gradient(grads, mean, covar)
+        total, _ = self._sums()
+        gradients = self._gradients(weight, total, count)
+        out = self._make("apply_backward") if need_input else ()
+        self._run("whole_backward")
+        return self._finished(out) if need_input else (), *gradients
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        like = self.plan.like
+        mean = self._own("mean", torch.empty_like(like[2,]))
+        return mean, self._own("covar", torch.empty_like(like[3,]))
+
+    def _take_running(self, running: Running | None) -> list[Tensor]:
+        """Hand over the running statistics, if they are such that a loop can move them."""
+        if running is None or isinstance(running.factor, Tensor):
+            return []
+        given = [tensor for tensor in running[:2] if tensor is not None]
+        single = given[0].dtype is torch.float32
+        for tensor in given:
+            if not is_simple(tensor, torch.float32 if single else torch.float64):
+                return []
+        self.job.running_mean, self.job.running_covar = map(address, running[:2])
+        self.job.running_single = single
+        self.job.factor, self.job.unbiased = running.factor, running.unbiased
+        return given
+
+    def _take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
+        grads = tuple([in_step(grad, self.parts[0]) for grad in grads])
+        self.keep.extend(grads)
+        self.job.g_re, self.job.g_im = self._addresses(grads)
+        self._small("mean", mean)
+        self._small("covar", covar)
+
+    def _sums(self) -> tuple[Tensor, Tensor]:
+        like = self.plan.like
+        total = self._own("total", torch.empty_like(like[2,]))
+        return total, self._own("product", torch.empty_like(like[2, 2]))
+
+    def _gradients(
+        self, weight: Tensor | None, total: Tensor, count: int | None
+    ) -> tuple[Tensor, Tensor]:
+        """Room for the gradients of weight and bias; ``count`` None: the statistics were given."""
+        self.job.training, self.job.count = (0, 1) if count is None else (1, count)
+        like = self.plan.like
+        if not self._all_small("single", weight=weight):
+            return self._own("weight_grad", torch.empty_like(like[3,])), total
+        weight_grad = self._own("weight_grad", torch.empty_like(like[3,], dtype=torch.float32))
+        return weight_grad, self._own("bias_grad", torch.empty_like(like[2,], dtype=torch.float32))
+
+    # The steps one by one, for who must have what stands between them.
+
     def moments(self) -> tuple[Tensor, Tensor]:
-        mean = self._own("mean", torch.empty_like(self.plan.like[2,]))
-        covar = self._own("covar", torch.empty_like(self.plan.like[3,]))
+        mean, covar = self._statistics()
         self._run("guess")
         self._sweep("moments")
         self._run("finish_moments")
@@ -259,38 +335,20 @@ class Sweep:
     ) -> tuple[Tensor, ...]:
         self._all_small("statistics_single", mean=mean, covar=covar)
         self._all_small("single", weight=weight, bias=bias)
+        out = self._make("apply")
         self._run("map_forward")
-        return self._write("apply")
-
-    def update(self, running: Running, mean: Tensor, covar: Tensor) -> None:
-        """Move the running statistics towards those that ``moments`` has left in the job."""
-        single = (running.mean if running.covar is None else running.covar).dtype is torch.float32
-        dtype = torch.float32 if single else torch.float64
-        given = [tensor for tensor in running[:2] if tensor is not None]
-        simple = [is_simple(tensor, dtype) for tensor in given]
-        if not all(simple) or isinstance(running.factor, Tensor):
-            return running.update_(mean, covar)
-        self.job.running_mean, self.job.running_covar = map(address, running[:2])
-        self.job.running_single = single
-        self.job.factor, self.job.unbiased = running.factor, running.unbiased
-        self._run("move_running")
-        for tensor in given:
-            increment_version(tensor)  # or autograd would not see that it has changed
+        self._sweep("apply")
+        return self._finished(out)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
-        grads = tuple(in_step(grad, self.parts[0]) for grad in grads)
-        self.keep.extend(grads)
-        self.job.g_re, self.job.g_im = self._addresses(grads)
-        self._small("mean", mean)
-        self._small("covar", covar)
+        self._take_gradient(grads, mean, covar)
         self._run("shift_to_mean")
 
     def gram(self) -> tuple[Tensor, Tensor]:
-        total = self._own("total", torch.empty_like(self.plan.like[2,]))
-        product = self._own("product", torch.empty_like(self.plan.like[2, 2]))
+        found = self._sums()
         self._sweep("gram")
         self._run("finish_gram")
-        return total, product
+        return found
 
     def apply_backward(
         self,
@@ -301,19 +359,15 @@ class Sweep:
         need_input: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Gradients of input, weight and bias; ``count`` None: the statistics were given."""
-        like, single = self.plan.like, self._all_small("single", weight=weight)
-        dtype = torch.float32 if single else torch.float64
-        weight_grad = self._own("weight_grad", torch.empty_like(like[3,], dtype=dtype))
-        bias_grad = total
-        if single:
-            bias_grad = self._own("bias_grad", torch.empty_like(like[2,], dtype=dtype))
         self._small("total", total)
         self._small("product", product)
-        self.job.training, self.job.count = (0, 1) if count is None else (1, count)
+        gradients = self._gradients(weight, total, count)
         self._run("map_backward")
         if not need_input:
-            return (), weight_grad, bias_grad
-        return self._write("apply_backward"), weight_grad, bias_grad
+            return (), *gradients
+        out = self._make("apply_backward")
+        self._sweep("apply_backward")
+        return self._finished(out), *gradients
 
 
 def address(tensor: Tensor | None) -> int:

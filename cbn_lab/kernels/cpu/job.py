@@ -3,6 +3,10 @@
 import ctypes
 
 TILE = 1024  # channels that a task in rows has at most
+LOOPS = (  # in the order of a forward and a backward
+    *("guess", "moments", "finish_moments", "map_forward", "apply", "move_running"),
+    *("shift_to_mean", "gram", "finish_gram", "map_backward", "apply_backward"),
+)
 
 INTEGERS = (
     "counter",  # the next task; comes first, the loops count at the address of the structure
@@ -13,7 +17,7 @@ INTEGERS = (
     "channel_block",
     "length_block",
     "count",  # values per channel, over all ranks
-    "training",  # 0: mean and covariance are constants
+    "training",  # 0: mean and covariance are given, and constants
     "only_wide",  # do only the channels marked as wide
     "wide_found",  # how many finish_moments has marked
     "stream",  # write the result past the cache
@@ -38,6 +42,9 @@ INTEGERS = (
     "bias_grad",  # (C, 2), or 0: it is total, in another precision
     "running_mean",  # (C, 2) or 0
     "running_covar",  # (C, 3) or 0
+    "parallel",  # address of GOMP_parallel
+    "threads",  # how many it is to start
+    *LOOPS,  # their addresses
 )
 NUMBERS = (
     "eps",

@@ -120,7 +120,7 @@ def _unpack(data: bytes, names: list[str]) -> dict[str, tuple[str, bytes]]:
         name, symbol, length = row.split(" ")
         compiled[name] = symbol, blob[start : start + int(length)]
         start += int(length)
-    if list(compiled) != names:
+    if set(compiled) != set(names):
         raise ValueError("another set of loops")
     return compiled
 
@@ -155,12 +155,16 @@ def _address(engine: llvm.ExecutionEngine, symbol: str, code: bytes) -> int:
     return address
 
 
+def address(function: Callable | None) -> int:
+    return ctypes.cast(function, ctypes.c_void_p).value or 0
+
+
 def parallel(loop: Callable[[int], None], args: int, threads: int) -> None:
     """Run ``loop`` on ``threads`` threads, the calling one included, and wait for all."""
     if threads <= 1:
         loop(args)
-    elif (openmp := _openmp()) is not None:
-        openmp(loop, args, threads, 0)
+    elif (run := openmp()) is not None:
+        run(loop, args, threads, 0)
     else:
         others = [_pool(os.getpid(), threads).submit(loop, args) for _ in range(threads - 1)]
         loop(args)
@@ -169,7 +173,7 @@ def parallel(loop: Callable[[int], None], args: int, threads: int) -> None:
 
 
 @functools.cache
-def _openmp() -> Callable | None:
+def openmp() -> Callable | None:
     """GOMP_parallel of the OpenMP runtime that torch itself is linked with."""
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))

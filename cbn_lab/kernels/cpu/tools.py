@@ -47,6 +47,33 @@ def next_task(typing, job):
     return types.int64(job), generate
 
 
+@intrinsic
+def call(typing, loop, job):
+    """Run the loop at this address."""
+
+    def generate(context, builder, signature, args):
+        kind = ir.PointerType(ir.FunctionType(ir.VoidType(), [args[1].type]))
+        builder.call(builder.inttoptr(args[0], kind), [args[1]])
+        return context.get_dummy_value()
+
+    return types.void(loop, job), generate
+
+
+@intrinsic
+def call_parallel(typing, parallel, loop, job, threads):
+    """Have OpenMP's ``GOMP_parallel``, at this address, run the loop on so many threads."""
+
+    def generate(context, builder, signature, args):
+        void, number, job_type = ir.VoidType(), ir.IntType(32), args[2].type
+        kind = ir.FunctionType(void, [ir.IntType(64), job_type, number, number])
+        count = builder.trunc(args[3], number)
+        function = builder.inttoptr(args[0], ir.PointerType(kind))
+        builder.call(function, [args[1], args[2], count, ir.Constant(number, 0)])
+        return context.get_dummy_value()
+
+    return types.void(parallel, loop, job, threads), generate
+
+
 @plain
 def doubles(address, count):
     return carray(pointer(address, numba.float64), (count,))
