@@ -1,7 +1,8 @@
 """Whitening of a batch: one operator, three engines.
 
 ``reference`` is plain torch and runs anywhere, ``cpu`` is compiled by numba, ``cuda`` by Triton.
-Each has a class ``Sweep`` with the same five steps; :mod:`operator` puts them together.
+Each has a class ``Sweep`` with a forward and a backward, whole and in steps; :mod:`operator` puts
+them together.
 """
 
 from cbn_lab.kernels.operator import ENGINES as ENGINES
