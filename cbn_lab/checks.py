@@ -6,6 +6,7 @@ as they were.
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,12 +41,19 @@ def check_rank(input: Tensor, ranks: Sequence[int]) -> None:
 
 
 def check_real(input: Tensor) -> None:
+    check_tensor(input)
     if not input.is_floating_point():
         hint = "; for complex input see ComplexBatchNorm" if input.is_complex() else ""
         raise TypeError(f"expected a real floating-point tensor, got {input.dtype}{hint}")
 
 
+def check_tensor(input: Any) -> None:
+    if not isinstance(input, Tensor):
+        raise TypeError(f"expected a tensor, got {type(input).__name__}")
+
+
 def check_complex(input: Tensor) -> None:
+    check_tensor(input)
     if not input.is_complex():
         raise TypeError(
             f"expected a complex tensor, got {input.dtype}; "
@@ -55,7 +63,10 @@ def check_complex(input: Tensor) -> None:
 
 def check_pair(real: Tensor, imag: Tensor) -> None:
     for part in (real, imag):
-        check_real(part)
+        check_tensor(part)
+        if not part.is_floating_point():
+            hint = "; one complex tensor goes alone: bn(z)" if part.is_complex() else ""
+            raise TypeError(f"expected two real tensors as a pair, got {part.dtype}{hint}")
     if real.shape != imag.shape or real.dtype != imag.dtype or real.device != imag.device:
         raise ValueError(
             "expected real and imaginary parts of one shape, dtype and device, got "

@@ -218,8 +218,9 @@ def test_backward_in_evaluation_after_training():
         (
             lambda bn: bn(torch.ones(2, 3, 4, 4).cfloat(), torch.ones(2, 3, 4, 4).cfloat()),
             TypeError,
-            "real.*complex64",
+            r"two real tensors.*complex64.*bn\(z\)",
         ),
+        (lambda bn: bn(torch.ones(2, 3, 4, 4).cfloat().numpy()), TypeError, "tensor.*ndarray"),
     ],
 )
 @pytest.mark.parametrize("layer", [ComplexBatchNorm2d, NaiveComplexBatchNorm2d])

@@ -93,7 +93,7 @@ def check_batch_norm(
 
     Raises:
         TypeError: ``factory`` is not callable.
-        ValueError: an unknown kind.
+        ValueError: an unknown kind, or a layer that takes input of the other kind only.
     """
     if not callable(factory):
         raise TypeError(f"expected factory to be callable, got {type(factory).__name__}")
@@ -103,7 +103,26 @@ def check_batch_norm(
     checks = [check for check in CHECKS if check.kind in (None, kind)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        _check_kind(factory, kind)
         return Checklist([_run(check, subject) for check in checks])
+
+
+def _check_kind(factory: Callable[..., nn.Module], kind: str) -> None:
+    """Raise where the layer refuses this kind of input and takes the other."""
+    taken = {}
+    for name, reference in references.KINDS.items():
+        batch = reference().batch(seed=0)
+        try:
+            factory(batch.shape[1], eps=EPS, momentum=MOMENTUM)(batch)
+            taken[name] = True
+        except Exception:
+            taken[name] = False
+    (other,) = set(references.KINDS) - {kind}
+    if taken[other] and not taken[kind]:
+        raise ValueError(
+            f"expected a layer that takes {kind} input, got one that takes {other} input only; "
+            f'pass kind="{other}"'
+        )
 
 
 @dataclasses.dataclass

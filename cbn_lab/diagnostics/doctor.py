@@ -60,7 +60,10 @@ def _load(target: str) -> Callable[[], Any]:
     """The factory that ``target`` names."""
     module_name, colon, factory_name = target.rpartition(":")
     if not (colon and module_name and factory_name):
-        raise CannotRun(f"expected MODULE:FACTORY, got {target!r}")
+        raise CannotRun(
+            f"expected MODULE:FACTORY, such as train.py:make_step, got {target!r}; FACTORY is a "
+            "function of yours that returns a training step, itself a function without arguments"
+        )
     module = _attempt(f"cannot import {module_name}", lambda: _import(module_name))
     factory = getattr(module, factory_name, None)
     if not callable(factory):

@@ -133,7 +133,8 @@ check("covariance", covariance)
 # ## Circular or not
 #
 # Data whose cloud looks the same from every direction is called **circular**: no phase is preferred.
-# There is one complex number that says so, the mean of the *square* (not of the squared modulus):
+# As far as a covariance can tell (statisticians say: to second order, *proper*), one complex number says
+# so, the mean of the *square* (not of the squared modulus):
 #
 # $$\overline{(z-\mu)^2} = V_{rr} - V_{ii} + 2i\,V_{ri}$$
 #
@@ -285,7 +286,7 @@ print("largest difference below 1e-12:", bool((closed - R).abs().max() < 1e-12))
 # ## Move the ellipse yourself
 #
 # Drag the ends of the input's axes, or set the covariance by the sliders. When do naive and whitened
-# agree? Make the ellipse as thin as it gets: what does each of them do to it? Then turn to $\Gamma$,
+# agree? Make the correlation as strong as it gets: what does each of them do? Then turn to $\Gamma$,
 # which comes after the whitening and is the subject of the next section.
 
 # %%
@@ -306,7 +307,7 @@ for ax, name in zip(axes, ("left", "middle", "right"), strict=True):
     print(plots.described(ax, name))
 
 # %% [markdown]
-# Without correlation, naive and whitened are one and the same. The thinner the ellipse, the more they
+# Without correlation, naive and whitened are one and the same. The stronger it is, the more they
 # differ.
 #
 # ## Γ and β
@@ -401,7 +402,8 @@ guess_total.compare("1/2" if total < 0.75 else "1" if total < 1.5 else "2")
 
 # %% [markdown]
 # $\Gamma$ starts at $1/\sqrt2 \approx$ 0.7071 times the identity. So each part has variance 1/2, and the
-# total is 1, as with a real batch norm.
+# total is 1, as with a real batch norm. (`running_covar` starts with the same number, as in the paper's
+# code, and forgets it within some batches.)
 #
 # All of its state is real, though a mean in the plane could be one complex number. That is for training
 # on several GPUs: the usual way to keep buffers equal over all of them does not take complex tensors
@@ -481,7 +483,8 @@ print(f"plain formula, float64: standard deviation {torch.view_as_real(exact).st
 guess_nan.compare("the right numbers" if finite else "NaN in some channels")
 
 # %% [markdown]
-# The two products in $V_{rr}V_{ii} - V_{ri}^2$ are equal up to rounding, and what rounding leaves may be
+# (In float64 it is 0.71 and not 1: a line has one direction to whiten, and half of the variance of a round
+# cloud.) The two products in $V_{rr}V_{ii} - V_{ri}^2$ are equal up to rounding, and what rounding leaves may be
 # **negative**. Its root is NaN. How large are the things that should cancel?
 
 # %% tags=["nbval-check-output"]

@@ -209,7 +209,8 @@ check("history", has_history)
 #
 # Count the nodes behind a tensor. Begin at `tensor.grad_fn`; each node has `next_functions`, pairs of
 # which the first is the next node or `None`. One node may be reached in several ways and counts once.
-# The chain may be thousands of nodes deep.
+# The chain may be thousands of nodes deep. (Not a hundred thousand: in PyTorch 2.13 a chain whose nodes
+# Python has looked at one by one crashes when it is freed. `inspect_buffers` takes another way.)
 
 
 # %% exercise="count nodes"
@@ -277,8 +278,8 @@ guess_alone.compare(
 #
 # ### Exercise: reproduce it (★★☆, 5 minutes)
 #
-# You are given a batch norm for 4 channels that you suspect. Put it into a model that takes images
-# with 4 channels, so that the leak, if there is one, must show.
+# You are given a batch norm for 4 channels that you suspect, a real one. Put it into a model that takes
+# real images with 4 channels, so that the leak, if there is one, must show.
 
 
 # %% exercise="reproduce"
@@ -354,8 +355,8 @@ except RuntimeError as error:
 #
 # ## Summary
 #
-# - A running statistic updated outside `no_grad` takes the graph of every step along. The numbers stay
-#   right, memory grows.
+# - A running statistic that takes the batch's history in takes the graph of every step along. The numbers
+#   stay right, memory grows.
 # - After `backward()` it is nodes that grow, on the host; without it, tensors as well.
 # - It shows only where something trainable stands before the layer.
 #

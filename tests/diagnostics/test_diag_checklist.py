@@ -217,3 +217,10 @@ def test_reports_and_no_side_effects():
     assert f"{len(result.failures)} of {len(result.rows)} checks failed" in text
     assert "FAIL  output" in text and page.count(">✗ fail<") == len(result.failures)
     assert result.to_dict()["ok"] is False
+
+
+def test_a_layer_for_the_other_kind_of_input_is_named_at_once():
+    with pytest.raises(ValueError, match='takes complex input only; pass kind="complex"'):
+        cbn_lab.check_batch_norm(cbn_lab.ComplexBatchNorm2d)
+    with pytest.raises(ValueError, match='takes real input only; pass kind="real"'):
+        cbn_lab.check_batch_norm(nn.BatchNorm2d, kind="complex")

@@ -81,7 +81,7 @@ def test_json_from_a_file_of_a_clean_loop_exits_0(doctor):
         ("loops:number", "loops has a int, not a function"),
         ("loops:module", "got Linear"),
         ("loops:fails", "the step failed: ArithmeticError: diverged"),
-        ("loops", "expected MODULE:FACTORY, got 'loops'"),
+        ("loops", "expected MODULE:FACTORY, such as train.py:make_step, got 'loops'"),
     ],
 )
 def test_what_cannot_be_run_exits_2_with_the_reason(doctor, target, reason):
