@@ -16,7 +16,8 @@ UNREACHABLE_TENSORS = (
 UNREACHABLE_HEAP = (
     "the host's heap grows at every step while the live tensors do not, and no object looked at "
     "holds more nodes: the growth is known, the holder is not. Look for graphs kept by objects "
-    "that the step does not refer to, and hand those to diagnose"
+    "that the step does not refer to, and hand those to diagnose; and for what is no tensor, "
+    "such as bytes, lists or numpy arrays that a list collects"
 )
 
 

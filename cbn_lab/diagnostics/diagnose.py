@@ -36,7 +36,7 @@ class Finding:
             ``(not reachable)`` where memory grows and no object leads to it.
         verdict: ``"growing"``, or ``"bounded"``: it holds a graph, but no more at every step.
         nodes_per_step: autograd nodes that a step adds.
-        bytes_per_step: bytes of tensors that a step adds.
+        bytes_per_step: bytes of tensors that a step adds; of the heap, if only that is known to grow.
         origin: ``file:line`` that computed what is held, or None where that is not known.
         advice: what to write instead.
         nodes: autograd nodes held after the last step.
@@ -287,7 +287,8 @@ class _Trial:
             return []
         if not trend.climbs_steadily(self._heap, LEAST_HEAP_BYTES):
             return []
-        return [Finding(UNKNOWN, "growing", 0, 0, None, advice.UNREACHABLE_HEAP)]
+        slope = round(trend.per_step(self._heap))
+        return [Finding(UNKNOWN, "growing", 0, slope, None, advice.UNREACHABLE_HEAP)]
 
 
 def _heap_without_tensors(census: Census) -> int:

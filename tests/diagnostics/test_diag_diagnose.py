@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import cbn_lab
-from cbn_lab.diagnostics import graph
+from cbn_lab.diagnostics import graph, heap
 
 
 def values_of(*objects):
@@ -232,3 +232,16 @@ def test_the_published_complex_layer_is_convicted():
     assert "complexLayers.py:" in growing["1.running_covar"].origin
     step()
     assert "1.running_covar" in [row.name for row in cbn_lab.inspect_buffers(net).leaks]
+
+
+@pytest.mark.skipif(heap.kind != "malloc", reason="this system does not tell of the heap")
+def test_growth_that_is_no_tensor_is_given_in_bytes():
+    kept = []
+
+    def step():
+        kept.append(bytearray(300_000))
+        torch.ones(3, requires_grad=True).sum().backward()
+
+    (found,) = cbn_lab.diagnose(step).findings
+    assert found.path == "(not reachable)" and found.nodes_per_step == 0
+    assert 290_000 < found.bytes_per_step < 330_000
