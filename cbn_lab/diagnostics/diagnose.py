@@ -36,7 +36,7 @@ class Finding:
             ``(not reachable)`` where memory grows and no object leads to it.
         verdict: ``"growing"``, or ``"bounded"``: it holds a graph, but no more at every step.
         nodes_per_step: autograd nodes that a step adds.
-        bytes_per_step: bytes of tensors that a step adds; of the heap, if only that is known to grow.
+        bytes_per_step: bytes of tensors that a step adds; of the heap where only that is known.
         origin: ``file:line`` that computed what is held, or None where that is not known.
         advice: what to write instead.
         nodes: autograd nodes held after the last step.
