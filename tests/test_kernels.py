@@ -153,15 +153,10 @@ def test_python_threads_where_there_is_no_openmp(monkeypatch):
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
-STREAMED = {  # whether it can be; in rows each must begin with a cache line
+STREAMED = {  # whether each row or plane of the result begins with a cache line
     "planes": (torch.Size([3, 5, 16, 8]), torch.contiguous_format, True),
-    "planes that begin anywhere": (torch.Size([3, 5, 7, 9]), torch.contiguous_format, True),
-    "planes shorter than a line": (torch.Size([9, 5, 1, 3]), torch.contiguous_format, True),
-    "long planes that begin anywhere": (
-        torch.Size([1, 2, 1, 80003]),
-        torch.contiguous_format,
-        True,
-    ),
+    "planes that begin anywhere": (torch.Size([3, 5, 7, 9]), torch.contiguous_format, False),
+    "one long plane": (torch.Size([1, 2, 1, 80003]), torch.contiguous_format, False),
     "long planes": (torch.Size([2, 2, 1, 80000]), torch.contiguous_format, True),
     "rows": (torch.Size([1100, 1040]), torch.contiguous_format, True),
     "rows that begin anywhere": (torch.Size([300, 33]), torch.contiguous_format, False),
@@ -172,7 +167,7 @@ STREAMED = {  # whether it can be; in rows each must begin with a cache line
 @pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
 @pytest.mark.parametrize("pair", [False, True])
 @pytest.mark.parametrize("name", STREAMED)
-def test_writing_past_the_cache_changes_the_rounding_at_most(name, pair, dtype, monkeypatch):
+def test_writing_past_the_cache_changes_no_bit(name, pair, dtype, monkeypatch):
     shape, kind, streamed = STREAMED[name]
     z, g = (oracle.correlated(*shape, dtype=dtype).contiguous(memory_format=kind) for _ in "zg")
     z[:, 1].imag = 2 * z[:, 1].real  # a channel that is done in float64
@@ -192,14 +187,14 @@ def test_writing_past_the_cache_changes_the_rounding_at_most(name, pair, dtype, 
     (none, kept), (both, past) = run(1 << 60), run(1)
     cpu_engine.plan.cache_clear()
     assert none == () and both == (("apply", "apply_backward") if streamed else ())
-    close(past, kept, 4 * torch.finfo(dtype).eps)
+    assert all(torch.equal(a, b) for a, b in zip(kept, past, strict=True))
 
 
 def test_half_a_line_is_never_written_past_the_cache(monkeypatch):
     monkeypatch.setattr(native, "cache_bytes", lambda: 1)
     cpu_engine.plan.cache_clear()
     for length, expected in ((28, ()), (32, ("apply", "apply_backward"))):  # 3.5 and 4 lines
-        z = torch.empty(3, length, dtype=torch.cfloat)
+        z = torch.empty(3, 5, 1, length, dtype=torch.cfloat)
         assert cpu_engine.plan(z.shape, z.stride(), z.dtype, 1).streams == expected
     cpu_engine.plan.cache_clear()
 

@@ -125,10 +125,10 @@ def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
 def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
     """The sweeps whose data do not fit the cache, so that the result would not stay there anyway.
 
-    Only whole lines can be written past it. In rows each must begin with one; in planes the values
-    before the first one and after the last are written as usual.
+    Only whole lines can be written past it: each row or plane of the result must begin with one.
     """
-    if fresh.rows and fresh.sample * value % LINE:
+    pitches = (fresh.sample,) if fresh.rows else (fresh.sample, fresh.channel)
+    if any(pitch * value % LINE for pitch in pitches):
         return ()
     size = fresh.samples * fresh.channels * fresh.length * element
     tensors = {"apply": 2, "apply_backward": 3}

@@ -83,13 +83,6 @@ def blocks(dtype, step):
     def maps(which):
         whole, rest, wide_all = (mapping(form, which) for form in (vector, one, double))
         whole_streamed = mapping(cells.vectors(dtype, step, lanes.stream), which)
-        size, count = step * dtype(0).itemsize, vector.count
-
-        @plain
-        def before_a_line(job, n, c, start):
-            """How many values of the result come before one that begins a cache line."""
-            value = step * start + n * job.y_sample + c * job.y_channel
-            return -(job.y_re + size // step * value) % lanes.BYTES // size
 
         @plain
         def block(job, part, n0, n1, c0, c1, start, end):
@@ -99,17 +92,12 @@ def blocks(dtype, step):
                     where, length = at(job, n, c, start), end - start
                     if wide[c] != 0.0:
                         wide_all(where, 0, length, row, c)
-                    elif length < count:
-                        rest(where, 0, length, row, c)
                     else:
                         if job.stream != 0:
-                            whole(where, 0, count, row, c)
-                            line = before_a_line(job, n, c, start)
-                            done = whole_streamed(where, line, length, row, c)
+                            done = whole_streamed(where, 0, length, row, c)
                         else:
                             done = whole(where, 0, length, row, c)
-                        if done < length:  # the last cell reaches back over what is done already
-                            whole(where, length - count, length, row, c)
+                        rest(where, done, length, row, c)
 
         return block
 
