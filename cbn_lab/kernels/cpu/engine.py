@@ -126,6 +126,7 @@ def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
     """The sweeps whose data do not fit the cache, so that the result would not stay there anyway.
 
     Only whole lines can be written past it: each row or plane of the result must begin with one.
+    (Planes of 7×7 whose first and last values are written as usual took four times as long.)
     """
     pitches = (fresh.sample,) if fresh.rows else (fresh.sample, fresh.channel)
     if any(pitch * value % LINE for pitch in pitches):
