@@ -618,3 +618,12 @@ def test_running_statistics_made_in_inference_mode_can_be_moved():
         z = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1
         F.complex_batch_norm(z, *running, training=True, engine="numba")
         assert not running[0].eq(0).any()
+
+
+def test_a_traced_layer_follows_its_input():
+    bn = ComplexBatchNorm2d(3).eval()
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the tracer calls itself deprecated
+        traced = torch.jit.trace(bn, oracle.correlated(4, 3, 5, 6, dtype=torch.complex64))
+        z = oracle.correlated(4, 3, 5, 6, dtype=torch.complex64)
+        torch.testing.assert_close(traced(z), bn(z))

@@ -71,10 +71,11 @@ def whiten(
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
-    """Whether nothing watches the call: no compiler, no dispatch mode, no subclass."""
+    """Whether nothing watches the call: no compiler, no tracer, no dispatch mode, no subclass."""
     return not (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
         or not PLAIN.issuperset(map(type, tensors))
     )
 

@@ -1,5 +1,6 @@
 """The judge and the predictions themselves."""
 
+import gc
 import time
 
 import ipywidgets
@@ -93,6 +94,11 @@ def test_an_endless_loop_is_stopped(judge, monkeypatch, swallow):
     outcome = judge(lambda answer: answer(1.0), answer)
     assert time.monotonic() - start < 5
     assert outcome.state == "not yet" and "Does its loop end?" in outcome.message
+
+
+def test_no_garbage_is_collected_while_an_answer_is_judged(judge):
+    assert judge(lambda answer: str(answer()), gc.isenabled).message == "False"
+    assert gc.isenabled()
 
 
 def test_the_time_limit_gives_an_alarm_back_to_its_owner():

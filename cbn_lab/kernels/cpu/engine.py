@@ -286,7 +286,7 @@ class Sweep(reference.Sweep):
         if running is None or isinstance(running.factor, Tensor):
             return []
         given = [tensor for tensor in running[:2] if tensor is not None]
-        single = given[0].dtype is torch.float32
+        single = bool(given) and given[0].dtype is torch.float32
         for tensor in given:
             if not is_simple(tensor, torch.float32 if single else torch.float64):
                 return []
