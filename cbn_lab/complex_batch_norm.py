@@ -54,8 +54,8 @@ def complex_batch_norm(
     checks.check_eps(eps, training)
     running, statistics = None, (running_mean, running_covar)
     if training:
+        unbiased = bessel(checks.check_enough_values(parts[0]))
         if running_mean is not None or running_covar is not None:
-            unbiased = bessel(checks.check_enough_values(parts[0]))
             running = Running(*statistics, momentum, unbiased)
         statistics = None, None
     output = kernels.whiten(parts, *statistics, weight, bias, eps, engine, running)
@@ -69,7 +69,6 @@ def check_arguments(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    alone: bool = True,
 ) -> tuple[Tensor, ...]:
     """The complex tensor or the two real ones, once everything has been found as it must be."""
     re = part_of(input)
@@ -81,8 +80,6 @@ def check_arguments(
     checks.check_shape("bias", bias, (c, 2), device)
     if not training:
         checks.check_statistics_given(running_mean=running_mean, running_covar=running_covar)
-    if training and alone:  # with others, what counts is the sum over the ranks
-        checks.check_enough_values(re)
     return (input,) if isinstance(input, Tensor) else tuple(input)
 
 

@@ -47,7 +47,7 @@ def sync_complex_batch_norm(
     given = (input, running_mean, running_covar, weight, bias)
     if not training or world_size(process_group) == 1:
         return complex_batch_norm(*given, training=training, momentum=momentum, eps=eps)
-    parts = check_arguments(*given, training, alone=False)
+    parts = check_arguments(*given, training)
     checks.check_eps(eps, training)
     imag = parts[1] if len(parts) == 2 else None
     y, y_imag, mean, covar, count = SyncWhiten.apply(

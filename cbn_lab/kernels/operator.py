@@ -7,6 +7,7 @@ cost more than the arithmetic of a small layer.
 
 import os
 import warnings
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -61,7 +62,7 @@ def whiten(
     elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         run = Whiten.apply  # which refuses what it cannot do
     elif torch.is_grad_enabled():
-        return WhitenAtOnce.apply(*args, running)
+        return WhitenAtOnce.apply(*args[:2], weight, bias, (mean, covar, eps, engine, running))
     else:
         return sweep_forward(*args, running)[0]
     y, y_imag, mean, covar = run(*args)
@@ -285,8 +286,7 @@ class Whiten(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        run = WhitenBackward.apply if torch.is_grad_enabled() else sweep_backward
-        return backpropagate(ctx, run, *grads)
+        return backpropagate(ctx, eager_backward(), *grads)
 
 
 class WhitenAtOnce(torch.autograd.Function):
@@ -297,15 +297,23 @@ class WhitenAtOnce(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Parts:
-        input, imag, mean, covar, *others = args
-        y, *statistics = sweep_forward(input, imag, *kept(mean, covar), *others)
-        remember(ctx, args[:8], (None, None, *statistics))
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        imag: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        others: tuple,
+    ) -> Parts:
+        mean, covar, eps, engine, running = others  # one argument: torch looks at each for itself
+        args = input, imag, *kept(mean, covar), weight, bias, eps, engine
+        y, *statistics = sweep_forward(*args, running)
+        remember(ctx, args, (None, None, *statistics))
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return *Whiten.backward(ctx, *grads), None
+        return *gradients(ctx, eager_backward(), ctx.needs_input_grad, *grads), None
 
 
 class WhitenBackward(torch.autograd.Function):
@@ -325,32 +333,42 @@ class WhitenBackward(torch.autograd.Function):
 
 
 def remember(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, imag, mean, _, weight, bias, ctx.eps, ctx.engine = inputs
+    input, imag, mean, _, weight, bias, eps, engine = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, imag, weight, *output[2:])
-    ctx.training, ctx.has_bias = mean is None, None if bias is None else bias.dtype
+    ctx.settings = eps, engine, mean is None, None if bias is None else bias.dtype
 
 
-def backpropagate(ctx: Any, run: Any, grad: Tensor | None, *more: Tensor | None):
+def eager_backward() -> Callable:
+    return WhitenBackward.apply if torch.is_grad_enabled() else sweep_backward
+
+
+def backpropagate(ctx: Any, run: Callable, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    """A gradient for each argument of :func:`forward`."""
+    need = ctx.needs_input_grad
+    x, x_imag, weight, bias = gradients(ctx, run, (*need[:2], *need[4:6]), *grads)
+    return x, x_imag, None, None, weight, bias, None, None
+
+
+def gradients(
+    ctx: Any, run: Callable, need: tuple[bool, ...], grad: Tensor | None, *more: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    """Those of input, imag, weight and bias that are needed."""
     input, imag, weight, mean, covar = ctx.saved_tensors
+    eps, engine, training, bias_dtype = ctx.settings
     grad = torch.zeros_like(input) if grad is None else grad
     grad_imag = None if imag is None else more[0]
     if imag is not None and grad_imag is None:
         grad_imag = torch.zeros_like(imag)
-    need = ctx.needs_input_grad
     x, x_imag, weight_grad, bias_grad = run(
         input, imag, grad, grad_imag, mean, covar, weight,
-        ctx.eps, ctx.training, need[0] or need[1], ctx.engine,
+        eps, training, need[0] or need[1], engine,
     )  # fmt: skip
     return (
         x if need[0] else None,
         x_imag if need[1] else None,
-        None,
-        None,
-        weight_grad if need[4] else None,
-        bias_grad.to(ctx.has_bias) if need[5] else None,
-        None,
-        None,
+        weight_grad if need[2] else None,
+        narrowed(bias_grad, bias_dtype) if need[3] else None,
     )
 
 

@@ -28,8 +28,9 @@ SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
 TASK_ROWS = 512  # a task costs something by itself, which grows with the channels as its rows do
 FEW_TASKS = 8  # that many there may be all the same, or few rows would be left to one thread
 LINE = 64  # bytes, of a cache line and of a vector
-ROOM, ROOMS = 1 << 18, 8  # bytes of scratch memory kept for the next call, and how many times
-_rooms: list[ctypes.Array] = []
+ROOM, IDLE = 1 << 18, 8  # bytes of scratch memory kept for the next call, and how many times
+JOB_BYTES = ctypes.sizeof(Job)
+_idle: list["Workspace"] = []
 
 
 @functools.cache
@@ -76,10 +77,10 @@ class Plan(NamedTuple):
     step: int  # real numbers from one value to the next
     size: int  # bytes of a real number
     room: int  # bytes of scratch memory
-    places: dict[str, int]  # where in it what begins
+    places: tuple[tuple[str, int], ...]  # where in it what begins
     threads: int  # that are worth starting
     streams: tuple[str, ...]  # the sweeps that write past the cache
-    like: dict[tuple[int, ...], Tensor]  # (C, ...) in float64: to make others like them is quick
+    like: dict[tuple[int, bool], Tensor]  # by columns, single or double: new ones are made quickly
 
 
 @functools.lru_cache(1024)
@@ -91,7 +92,7 @@ def plan(
     if both is None:
         return None
     found, fresh = both
-    real = dtype.to_real() if dtype.is_complex else dtype
+    real, c = dtype.to_real() if dtype.is_complex else dtype, found.channels
     step, size = 2 if dtype.is_complex else 1, real.itemsize
     job = Job(x_sample=step * found.sample, x_channel=step * found.channel)
     job.g_sample, job.g_channel = job.x_sample, job.x_channel
@@ -103,23 +104,24 @@ def plan(
     for name in LOOPS:
         setattr(job, name, native.address(code[name]))
     job.parallel, job.threads = native.address(native.openmp()), min(tasks, threads)
-    fixed = bytes(job), dtype.is_complex, step, size, *scratch(found.channels, slices)
+    fixed = bytes(job), dtype.is_complex, step, size, *scratch(c, slices)
     like = {
-        shape: torch.empty(found.channels, *shape, dtype=torch.float64, device="cpu")
-        for shape in ((2,), (3,), (2, 2))
+        (columns, dtype is torch.float32): torch.empty(c, columns, dtype=dtype, device="cpu")
+        for columns in (2, 3, 4)
+        for dtype in (torch.float32, torch.float64)
     }
     past = streams(fresh, step * size, 2 * size)
     return Plan(found, code, *fixed, min(tasks, threads), past, like)
 
 
-def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
+def scratch(channels: int, slices: int) -> tuple[int, tuple[tuple[str, int], ...]]:
     """Size and division of the scratch memory: so many float64 numbers per channel for each use."""
-    columns = {"partial": 6 * slices, "shift": 2, "wide": 1, "map": 12}
-    places, end = {}, 0
+    columns = {"partial": 6 * slices, "shift": 2, "wide": 1, "map": 12, "total": 2, "product": 4}
+    places, end = [], 0
     for name, count in columns.items():
-        places[name] = end
+        places.append((name, end))
         end += 8 * channels * count
-    return end, places
+    return end, tuple(places)
 
 
 def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
@@ -156,78 +158,84 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
     return slices, slices * ceil_divide(c, job.channel_block)
 
 
+class Workspace(NamedTuple):
+    """A job and its scratch memory; other calls get them once this one is done with them."""
+
+    job: Job
+    address: int
+    room: Tensor | None = None  # scratch memory
+    start: int = 0  # its address
+
+
+def workspace(size: int) -> Workspace:
+    job, room = Job(), torch.empty(size, dtype=torch.uint8, device="cpu")
+    return Workspace(job, ctypes.addressof(job), room, room.data_ptr())
+
+
+def take(found: Plan) -> Workspace:
+    """A workspace with a fresh job for that plan."""
+    if found.room > ROOM:
+        work = workspace(found.room)
+    else:
+        try:
+            work = _idle.pop()
+        except IndexError:
+            work = workspace(ROOM)
+    ctypes.memmove(work.address, found.job, JOB_BYTES)
+    for name, place in found.places:
+        setattr(work.job, name, work.start + place)
+    return work
+
+
 class Sweep(reference.Sweep):
     """One call's data, described to the loops."""
 
-    room: ctypes.Array | None = None  # scratch memory that goes back when the call is done
-
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         """``parts``: one complex tensor, or the real and the imaginary one."""
-        first, threads, self.like = parts[0], torch.get_num_threads(), None
+        first, threads, self.like, self.keep = parts[0], torch.get_num_threads(), None, []
         found = plan(first.shape, first.stride(), first.dtype, threads)
         if found is None:
             first, reordered = walkable(first)
             self.like = parts if reordered else None
             found = plan(first.shape, first.stride(), first.dtype, threads)
-        self.plan, self.keep = found, []
-        self.parts = (first, *[in_step(part, first) for part in parts[1:]])
-        self.job = job = Job.from_buffer_copy(found.job)
-        self.address = ctypes.addressof(job)
-        job.eps = eps
-        job.x_re, job.x_im = self._addresses(self.parts)
-        start = self._room(found.room)
-        for name, place in found.places.items():
-            setattr(job, name, start + place)
-
-    def _room(self, size: int) -> int:
-        """The address of scratch memory; other calls get it once this one is done with it."""
-        if size > ROOM:
-            room = torch.empty(size, dtype=torch.uint8, device="cpu")
-            self.keep.append(room)
-            return room.data_ptr()
-        try:
-            self.room = _rooms.pop()
-        except IndexError:
-            self.room = ctypes.create_string_buffer(ROOM)
-        return ctypes.addressof(self.room)
-
-    def __del__(self) -> None:
-        if self.room is not None and len(_rooms) < ROOMS:
-            _rooms.append(self.room)
+        self.parts = (first,) if found.interleaved else (first, in_step(parts[1], first))
+        self.plan, self.work = found, take(found)
+        self.job = self.work.job
+        self.job.eps = eps
+        self.job.x_re, self.job.x_im = self._addresses(self.parts)
 
     def _addresses(self, parts: tuple[Tensor, ...]) -> tuple[int, int]:
         """Of the first real and of the first imaginary number."""
         start = parts[0].data_ptr()
         return start, start + self.plan.size if self.plan.interleaved else parts[1].data_ptr()
 
-    def _small(self, name: str, tensor: Tensor, dtype: torch.dtype = torch.float64) -> None:
-        """Hand over a small tensor, contiguous and of ``dtype``."""
-        if not is_simple(tensor, dtype):
+    def _small(self, tensor: Tensor | None, single: bool = False) -> int:
+        """The address of a small tensor, which is copied if it is not contiguous float64."""
+        if tensor is None:
+            return 0
+        if not is_simple(tensor, torch.float32 if single else torch.float64):
+            dtype = torch.float32 if single else torch.float64
             tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
-        self._own(name, tensor)
+            self.keep.append(tensor)
+        return tensor.data_ptr()
 
-    def _own(self, name: str, tensor: Tensor) -> Tensor:
-        """Hand over a small tensor that was made here."""
-        self.keep.append(tensor)
-        setattr(self.job, name, tensor.data_ptr())
-        return tensor
-
-    def _all_small(self, flag: str, **tensors: Tensor | None) -> bool:
-        """Hand over small tensors: as they are if all are float32, else in float64."""
-        dtypes = {tensor.dtype for tensor in tensors.values() if tensor is not None}
-        single = dtypes == {torch.float32}
-        for name, tensor in tensors.items():
-            if tensor is not None:
-                self._small(name, tensor, torch.float32 if single else torch.float64)
-        setattr(self.job, flag, single)
-        return single
+    def _new(self, columns: int, single: bool = False) -> tuple[Tensor, int]:
+        """A small tensor with so many columns, and its address."""
+        tensor = torch.empty_like(self.plan.like[columns, single])
+        return tensor, tensor.data_ptr()
 
     def _run(self, name: str) -> None:
-        self.plan.loops[name](self.address)
+        self.plan.loops[name](self.work.address)
 
     def _sweep(self, name: str) -> None:
         self.job.counter = 0
-        native.parallel(self.plan.loops[name], self.address, self.plan.threads)
+        native.parallel(self.plan.loops[name], self.work.address, self.plan.threads)
+
+    def _done(self) -> None:
+        """Leave the workspace to others; not if something was raised before."""
+        if self.plan.room <= ROOM and len(_idle) < IDLE:
+            _idle.append(self.work)
+        del self.job, self.work
 
     def _make(self, name: str) -> tuple[Tensor, ...]:
         """Room for what the sweep called ``name`` writes, with the memory format of the input."""
@@ -236,8 +244,8 @@ class Sweep(reference.Sweep):
             for part in out:
                 native.ask_for_huge_pages(part)
         self.job.y_re, self.job.y_im = self._addresses(out)
-        past = name in self.plan.streams
-        self.job.stream = past and not any(part.data_ptr() % LINE for part in out)
+        if name in self.plan.streams:
+            self.job.stream = not any(part.data_ptr() % LINE for part in out)
         return out
 
     def _finished(self, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -250,36 +258,47 @@ class Sweep(reference.Sweep):
 
     def forward(self, mean, covar, weight, bias, running: Running | None):
         """The steps below in one call; one by one where threads can only be had from Python."""
-        if self.plan.threads > 1 and native.openmp() is None:
+        job = self.job
+        if job.threads > 1 and not job.parallel:
             return super().forward(mean, covar, weight, bias, running)
-        self.job.training = mean is None
         if mean is None:
-            mean, covar = self._statistics()
+            job.training = 1
+            mean, job.mean = self._new(2)
+            covar, job.covar = self._new(3)
         else:
-            self._all_small("statistics_single", mean=mean, covar=covar)
-        self._all_small("single", weight=weight, bias=bias)
+            self._take_statistics(mean, covar)
+        self._take_parameters(weight, bias)
         out, moved = self._make("apply"), self._take_running(running)
         self._run("whole_forward")
-        for tensor in moved:
-            increment_version(tensor)  # or autograd would not see that it has changed
-        if running is not None and not moved:
+        if moved:
+            increment_version(moved)  # or autograd would not see that they have changed
+        elif running is not None:
             running.update_(mean, covar)
+        self._done()
         return self._finished(out), mean, covar
 
     def backward(self, grads, mean, covar, weight, count, need_input):
-        if self.plan.threads > 1 and native.openmp() is None:
+        if self.job.threads > 1 and not self.job.parallel:
             return super().backward(grads, mean, covar, weight, count, need_input)
         self._take_gradient(grads, mean, covar)
-        total, _ = self._sums()
-        gradients = self._gradients(weight, total, count)
+        gradients = self._gradients(weight, count)
         out = self._make("apply_backward") if need_input else ()
         self._run("whole_backward")
+        self._done()
         return self._finished(out) if need_input else (), *gradients
 
-    def _statistics(self) -> tuple[Tensor, Tensor]:
-        like = self.plan.like
-        mean = self._own("mean", torch.empty_like(like[2,]))
-        return mean, self._own("covar", torch.empty_like(like[3,]))
+    def _take_statistics(self, mean: Tensor, covar: Tensor) -> None:
+        single = mean.dtype is torch.float32 is covar.dtype
+        self.job.mean, self.job.covar = self._small(mean, single), self._small(covar, single)
+        self.job.statistics_single = single
+
+    def _take_parameters(self, weight: Tensor | None, bias: Tensor | None) -> bool:
+        """Says whether they are handed over in float32: if all that are there have it."""
+        one, other = bias if weight is None else weight, weight if bias is None else bias
+        single = one is not None and one.dtype is torch.float32 is other.dtype
+        self.job.weight, self.job.bias = self._small(weight, single), self._small(bias, single)
+        self.job.single = single
+        return single
 
     def _take_running(self, running: Running | None) -> list[Tensor]:
         """Hand over the running statistics, if they are such that a loop can move them."""
@@ -290,38 +309,30 @@ class Sweep(reference.Sweep):
         for tensor in given:
             if not is_simple(tensor, torch.float32 if single else torch.float64):
                 return []
-        self.job.running_mean, self.job.running_covar = map(address, running[:2])
-        self.job.running_single = single
-        self.job.factor, self.job.unbiased = running.factor, running.unbiased
+        job = self.job
+        job.running_mean, job.running_covar = map(self._small, running[:2], (single, single))
+        job.running_single, job.factor, job.unbiased = single, running.factor, running.unbiased
         return given
 
     def _take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
-        grads = tuple([in_step(grad, self.parts[0]) for grad in grads])
-        self.keep.extend(grads)
-        self.job.g_re, self.job.g_im = self._addresses(grads)
-        self._small("mean", mean)
-        self._small("covar", covar)
+        self.grads = tuple([in_step(grad, self.parts[0]) for grad in grads])
+        self.job.g_re, self.job.g_im = self._addresses(self.grads)
+        self.job.mean, self.job.covar = self._small(mean), self._small(covar)
 
-    def _sums(self) -> tuple[Tensor, Tensor]:
-        like = self.plan.like
-        total = self._own("total", torch.empty_like(like[2,]))
-        return total, self._own("product", torch.empty_like(like[2, 2]))
-
-    def _gradients(
-        self, weight: Tensor | None, total: Tensor, count: int | None
-    ) -> tuple[Tensor, Tensor]:
+    def _gradients(self, weight: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
         """Room for the gradients of weight and bias; ``count`` None: the statistics were given."""
-        self.job.training, self.job.count = (0, 1) if count is None else (1, count)
-        like = self.plan.like
-        if not self._all_small("single", weight=weight):
-            return self._own("weight_grad", torch.empty_like(like[3,])), total
-        weight_grad = self._own("weight_grad", torch.empty_like(like[3,], dtype=torch.float32))
-        return weight_grad, self._own("bias_grad", torch.empty_like(like[2,], dtype=torch.float32))
+        job, single = self.job, self._take_parameters(weight, None)
+        job.training, job.count = (0, 1) if count is None else (1, count)
+        weight_grad, job.weight_grad = self._new(3, single)
+        bias_grad, job.bias_grad = self._new(2, single)
+        return weight_grad, bias_grad
 
-    # The steps one by one, for who must have what stands between them.
+    # The steps one by one, for who must have what stands between them. The last of a forward or a
+    # backward, apply or apply_backward, gives the workspace away.
 
     def moments(self) -> tuple[Tensor, Tensor]:
-        mean, covar = self._statistics()
+        mean, self.job.mean = self._new(2)
+        covar, self.job.covar = self._new(3)
         self._run("guess")
         self._sweep("moments")
         self._run("finish_moments")
@@ -334,11 +345,12 @@ class Sweep(reference.Sweep):
     def apply(
         self, mean: Tensor, covar: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        self._all_small("statistics_single", mean=mean, covar=covar)
-        self._all_small("single", weight=weight, bias=bias)
+        self._take_statistics(mean, covar)
+        self._take_parameters(weight, bias)
         out = self._make("apply")
         self._run("map_forward")
         self._sweep("apply")
+        self._done()
         return self._finished(out)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
@@ -346,10 +358,11 @@ class Sweep(reference.Sweep):
         self._run("shift_to_mean")
 
     def gram(self) -> tuple[Tensor, Tensor]:
-        found = self._sums()
+        total, self.job.total = self._new(2)
+        product, self.job.product = self._new(4)
         self._sweep("gram")
         self._run("finish_gram")
-        return found
+        return total, product.unflatten(1, (2, 2))
 
     def apply_backward(
         self,
@@ -360,19 +373,14 @@ class Sweep(reference.Sweep):
         need_input: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Gradients of input, weight and bias; ``count`` None: the statistics were given."""
-        self._small("total", total)
-        self._small("product", product)
-        gradients = self._gradients(weight, total, count)
+        self.job.total, self.job.product = self._small(total), self._small(product)
+        gradients = self._gradients(weight, count)
         self._run("map_backward")
-        if not need_input:
-            return (), *gradients
-        out = self._make("apply_backward")
-        self._sweep("apply_backward")
-        return self._finished(out), *gradients
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
+        out = self._make("apply_backward") if need_input else ()
+        if need_input:
+            self._sweep("apply_backward")
+        self._done()
+        return self._finished(out) if need_input else (), *gradients
 
 
 def is_simple(tensor: Tensor, dtype: torch.dtype) -> bool:
