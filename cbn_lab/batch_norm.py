@@ -248,24 +248,33 @@ class NormBase(nn.Module):
         checks.check_channels(input, self.num_features)
 
     def run(self, function: Any, input: Any) -> Any:
-        """Call the functional form ``function`` with this module's state, in the right mode.
-
-        The batch is counted only once the call has succeeded.
-        """
-        updates = self.training and self.track_running_stats
-        unused = self.training and not self.track_running_stats
-        statistics = [None if unused else getattr(self, name) for name in self.initial_statistics]
-        output = function(
-            input,
-            *statistics,
-            *[getattr(self, name) for name in self.initial_parameters],
-            training=self.training or all([value is None for value in statistics]),
-            momentum=self.average_factor() if updates else 0.0,
-            eps=self.eps,
-        )
-        if updates:
+        """:meth:`call`; the batch is counted only once that has succeeded."""
+        output = self.call(function, input)
+        if self.training and self.track_running_stats:
             self.num_batches_tracked.add_(1)
         return output
+
+    def state(self, name: str) -> Tensor | None:
+        """A parameter or buffer; an attribute is first looked for everywhere else, for long."""
+        for kept in (self._parameters, self._buffers):
+            if name in kept:
+                return kept[name]
+        return getattr(self, name)  # computed by torch.nn.utils.parametrize
+
+    def call(self, function: Any, input: Any, **more: Any) -> Any:
+        """Call the functional form ``function`` with this module's state, in the right mode."""
+        tracks = self.track_running_stats
+        unused = self.training and not tracks
+        statistics = [None if unused else self.state(name) for name in self.initial_statistics]
+        return function(
+            input,
+            *statistics,
+            *[self.state(name) for name in self.initial_parameters],
+            training=self.training or all([value is None for value in statistics]),
+            momentum=self.average_factor() if self.training and tracks else 0.0,
+            eps=self.eps,
+            **more,
+        )
 
     def average_factor(self) -> float | Tensor:
         """The weight of the batch at hand, which has not been counted yet."""

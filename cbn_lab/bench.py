@@ -46,7 +46,7 @@ class Candidate:
     forward_s: list[float] = field(default_factory=list)
     step_s: list[float] = field(default_factory=list)
     eval_s: list[float] = field(default_factory=list)
-    evaluate: Callable[..., tuple[Tensor, ...]] | None = None
+    layers: tuple[nn.Module, ...] = ()  # timed in evaluation too
     saved: int = 0
 
 
@@ -99,6 +99,7 @@ def run_shape(shape: tuple[int, ...], threads: int, args: argparse.Namespace) ->
         for candidate in found:
             for _ in range(IN_A_ROW):
                 time_step(candidate, args.device)
+            time_evaluation(candidate, args.device)
     for candidate in found:  # the first round compiles and warms up
         for times in (candidate.forward_s, candidate.step_s, candidate.eval_s):
             del times[:IN_A_ROW]
@@ -156,17 +157,19 @@ class Inputs:
         kind = nn.BatchNorm1d if self.flat else nn.BatchNorm2d
         re, im = (kind(self.shape[1], device=self.device) for _ in range(2))
         candidate = self.pair(STOCK, lambda x, y: (re(x), im(y)), whitens=False)
-        return with_evaluation(candidate, re, im)
+        candidate.layers = re, im
+        return candidate
 
     def ours(self):
         from cbn_lab import ComplexBatchNorm1d, ComplexBatchNorm2d
         from cbn_lab import functional as F
 
         layer = ComplexBatchNorm1d if self.flat else ComplexBatchNorm2d
-        bn = layer(self.shape[1], device=self.device)
-        yield with_evaluation(self.complex("ours", bn), bn)
-        bn = layer(self.shape[1], device=self.device)
-        yield with_evaluation(self.pair("ours, pair", bn), bn)
+        for name, form in (("ours", self.complex), ("ours, pair", self.pair)):
+            bn = layer(self.shape[1], device=self.device)
+            candidate = form(name, bn)
+            candidate.layers = (bn,)
+            yield candidate
         reference = layer(self.shape[1], device=self.device)
 
         def run(z: Tensor) -> Tensor:
@@ -229,21 +232,6 @@ def written_out(re: Tensor, im: Tensor, weight: Tensor, bias: Tensor) -> tuple[T
     return w_rr * u + w_ri * v + b_re, w_ri * u + w_ii * v + b_im
 
 
-def with_evaluation(candidate: Candidate, *layers: nn.Module) -> Candidate:
-    def evaluate(*inputs: Tensor) -> tuple[Tensor, ...]:
-        for layer in layers:
-            layer.eval()
-        try:
-            with torch.no_grad():
-                return candidate.forward(*inputs)
-        finally:
-            for layer in layers:
-                layer.train()
-
-    candidate.evaluate = evaluate
-    return candidate
-
-
 def check_against_each_other(found: list[Candidate]) -> None:
     """Outputs must agree before anything is timed, up to a factor: peers differ in Γ."""
     for kind in (True, False):
@@ -281,10 +269,19 @@ def time_step(candidate: Candidate, device: str) -> None:
         del out
     candidate.forward_s.append(forward)
     candidate.step_s.append(step)
-    if candidate.evaluate is not None:
-        start = now(device)
-        candidate.evaluate(*candidate.inputs)
-        candidate.eval_s.append(now(device) - start)
+
+
+def time_evaluation(candidate: Candidate, device: str) -> None:
+    for layer in candidate.layers:
+        layer.eval()
+    with torch.no_grad():
+        for _ in range(IN_A_ROW if candidate.layers else 0):
+            start = now(device)
+            out = candidate.forward(*candidate.inputs)
+            candidate.eval_s.append(now(device) - start)
+            del out
+    for layer in candidate.layers:
+        layer.train()
 
 
 def time_by_events(candidate: Candidate) -> tuple[float, float]:

@@ -13,7 +13,7 @@ Its statistics and parameters are real: DDP over NCCL cannot broadcast complex b
 import math
 
 import torch
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor
 
 from cbn_lab import checks, kernels
@@ -33,6 +33,7 @@ def complex_batch_norm(
     eps: float = 1e-5,
     *,
     engine: str = "auto",
+    num_batches_tracked: Int[Tensor, ""] | None = None,
 ) -> Complex[Tensor, "N C *spatial"] | Pair:
     """Whiten each channel by the 2×2 covariance of its real and imaginary part.
 
@@ -45,6 +46,7 @@ def complex_batch_norm(
         training, momentum, eps: as in :func:`cbn_lab.functional.batch_norm`.
         engine: "auto" takes the fastest one for the device: "numba" on the CPU, "triton" on CUDA,
             else "reference", which is plain torch in float64.
+        num_batches_tracked: counted up by one in training, together with the statistics.
 
     Raises:
         ValueError: wrong shapes, one value per channel in training, no statistics in evaluation.
@@ -55,8 +57,7 @@ def complex_batch_norm(
     running, statistics = None, (running_mean, running_covar)
     if training:
         unbiased = bessel(checks.check_enough_values(parts[0]))
-        if running_mean is not None or running_covar is not None:
-            running = Running(*statistics, momentum, unbiased)
+        running = Running(*statistics, num_batches_tracked, momentum, unbiased)
         statistics = None, None
     output = kernels.whiten(parts, *statistics, weight, bias, eps, engine, running)
     return output if len(output) == 2 else output[0]
@@ -200,6 +201,12 @@ class _ComplexBatchNorm(_ComplexNormBase):
         "running_mean": (0.0, 0.0),
         "running_covar": (math.sqrt(0.5), math.sqrt(0.5), 0.0),
     }
+
+    def run(self, function, input):
+        """:meth:`call`; the engine counts the batch, as it moves the statistics."""
+        # An addition here would take as long as the arithmetic of a small layer.
+        counter = self.num_batches_tracked if self.training and self.track_running_stats else None
+        return self.call(function, input, num_batches_tracked=counter)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """complexPyTorch keeps ``running_mean`` as C complex numbers: the same as (C, 2) reals."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Complex, Float
+from jaxtyping import Complex, Float, Int
 from torch import Tensor, nn
 
 from cbn_lab import checks
@@ -36,6 +36,7 @@ def sync_complex_batch_norm(
     eps: float = 1e-5,
     *,
     process_group: Any = None,
+    num_batches_tracked: Int[Tensor, ""] | None = None,
 ) -> Complex[Tensor, "N C *spatial"] | Pair:
     """:func:`cbn_lab.functional.complex_batch_norm` over all ranks of ``process_group``.
 
@@ -46,14 +47,16 @@ def sync_complex_batch_norm(
     """
     given = (input, running_mean, running_covar, weight, bias)
     if not training or world_size(process_group) == 1:
-        return complex_batch_norm(*given, training=training, momentum=momentum, eps=eps)
+        mode = dict(training=training, momentum=momentum, eps=eps)
+        return complex_batch_norm(*given, **mode, num_batches_tracked=num_batches_tracked)
     parts = check_arguments(*given, training)
     checks.check_eps(eps, training)
     imag = parts[1] if len(parts) == 2 else None
     y, y_imag, mean, covar, count = SyncWhiten.apply(
         parts[0], imag, weight, bias, eps, process_group
     )
-    Running(running_mean, running_covar, momentum, bessel(int(count))).update_(mean, covar)
+    given = running_mean, running_covar, num_batches_tracked
+    Running(*given, momentum, bessel(int(count))).update_(mean, covar)
     return y if imag is None else (y, y_imag)
 
 

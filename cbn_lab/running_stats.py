@@ -47,6 +47,7 @@ class Running(NamedTuple):
 
     mean: Tensor | None  # (C, 2)
     covar: Tensor | None  # (C, 3)
+    batches: Tensor | None  # how many there were
     factor: float | Tensor
     unbiased: float  # what the batch's covariance is multiplied by
 
@@ -55,3 +56,5 @@ class Running(NamedTuple):
             update_(self.mean, mean, self.factor)
         if self.covar is not None:
             update_(self.covar, self.unbiased * covar, self.factor)
+        if self.batches is not None:
+            self.batches.add_(1)

@@ -6,7 +6,15 @@ import numpy as np
 from numba import carray
 
 from cbn_lab import running_stats, whitening
-from cbn_lab.kernels.cpu.tools import ceil_divide, doubles, number, plain, set_number, table
+from cbn_lab.kernels.cpu.tools import (
+    ceil_divide,
+    doubles,
+    number,
+    plain,
+    pointer,
+    set_number,
+    table,
+)
 
 roots = plain(whitening.roots)
 inverse_root = plain(whitening.inverse_root)
@@ -106,7 +114,7 @@ def map_forward(pointer_to_job):
 
 
 def move_running(pointer_to_job):
-    """The running statistics, moved towards those of this batch."""
+    """The running statistics, moved towards those of this batch, which is counted."""
     job = carray(pointer_to_job, (1,))[0]
     c_all, single, factor = job.channels, job.running_single, job.factor
     mean, covar = doubles(job.mean, 2 * c_all), doubles(job.covar, 3 * c_all)
@@ -119,6 +127,8 @@ def move_running(pointer_to_job):
             old = number(job.running_covar, i, single)
             new = moved(old, job.unbiased * covar[i], factor)
             set_number(job.running_covar, i, single, new)
+    if job.batches != 0:
+        pointer(job.batches, np.int64)[0] += 1
 
 
 def finish_gram(pointer_to_job):

@@ -304,15 +304,16 @@ class Sweep(reference.Sweep):
         """Hand over the running statistics, if they are such that a loop can move them."""
         if running is None or isinstance(running.factor, Tensor):
             return []
-        given = [tensor for tensor in running[:2] if tensor is not None]
-        single = bool(given) and given[0].dtype is torch.float32
-        for tensor in given:
-            if not is_simple(tensor, torch.float32 if single else torch.float64):
+        *given, factor, unbiased = running
+        single = torch.float32 in [tensor.dtype for tensor in given[:2] if tensor is not None]
+        real = torch.float32 if single else torch.float64
+        for tensor, dtype in zip(given, (real, real, torch.int64), strict=True):
+            if tensor is not None and not (tensor.is_cpu and is_simple(tensor, dtype)):
                 return []
-        job = self.job
-        job.running_mean, job.running_covar = map(self._small, running[:2], (single, single))
-        job.running_single, job.factor, job.unbiased = single, running.factor, running.unbiased
-        return given
+        job, places = self.job, [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        job.running_mean, job.running_covar, job.batches = places
+        job.running_single, job.factor, job.unbiased = single, factor, unbiased
+        return [tensor for tensor in given if tensor is not None]
 
     def _take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
         self.grads = tuple([in_step(grad, self.parts[0]) for grad in grads])

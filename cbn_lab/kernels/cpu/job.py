@@ -42,6 +42,7 @@ INTEGERS = (
     "bias_grad",  # (C, 2), or 0: it is total, in another precision
     "running_mean",  # (C, 2) or 0
     "running_covar",  # (C, 3) or 0
+    "batches",  # int64: how many there were; or 0
     "parallel",  # address of GOMP_parallel
     "threads",  # how many it is to start
     *LOOPS,  # their addresses
