@@ -79,7 +79,7 @@ def check_arguments(
     checks.check_shape("running_covar", running_covar, (c, 3), device)
     checks.check_shape("weight", weight, (c, 3), device)
     checks.check_shape("bias", bias, (c, 2), device)
-    if not training:
+    if not training and (running_mean is None or running_covar is None):
         checks.check_statistics_given(running_mean=running_mean, running_covar=running_covar)
     return (input,) if isinstance(input, Tensor) else tuple(input)
 

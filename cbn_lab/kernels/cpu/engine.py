@@ -28,9 +28,9 @@ SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
 TASK_ROWS = 512  # a task costs something by itself, which grows with the channels as its rows do
 FEW_TASKS = 8  # that many there may be all the same, or few rows would be left to one thread
 LINE = 64  # bytes, of a cache line and of a vector
-ROOM, IDLE = 1 << 18, 8  # bytes of scratch memory kept for the next call, and how many times
+PLANS, IDLE = 256, 4  # plans that are kept, and workspaces in each, if they are small:
+ROOM = 1 << 16  # bytes of scratch memory
 JOB_BYTES = ctypes.sizeof(Job)
-_idle: list["Workspace"] = []
 
 
 @functools.cache
@@ -77,13 +77,14 @@ class Plan(NamedTuple):
     step: int  # real numbers from one value to the next
     size: int  # bytes of a real number
     room: int  # bytes of scratch memory
-    places: tuple[tuple[str, int], ...]  # where in it what begins
+    places: dict[str, int]  # where in it what begins
     threads: int  # that are worth starting
     streams: tuple[str, ...]  # the sweeps that write past the cache
     like: dict[tuple[int, bool], Tensor]  # by columns, single or double: new ones are made quickly
+    idle: list["Workspace"]  # kept for the next call
 
 
-@functools.lru_cache(1024)
+@functools.lru_cache(PLANS)
 def plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, threads: int
 ) -> Plan | None:
@@ -111,17 +112,17 @@ def plan(
         for dtype in (torch.float32, torch.float64)
     }
     past = streams(fresh, step * size, 2 * size)
-    return Plan(found, code, *fixed, min(tasks, threads), past, like)
+    return Plan(found, code, *fixed, min(tasks, threads), past, like, [])
 
 
-def scratch(channels: int, slices: int) -> tuple[int, tuple[tuple[str, int], ...]]:
+def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
     """Size and division of the scratch memory: so many float64 numbers per channel for each use."""
     columns = {"partial": 6 * slices, "shift": 2, "wide": 1, "map": 12, "total": 2, "product": 4}
-    places, end = [], 0
+    places, end = {}, 0
     for name, count in columns.items():
-        places.append((name, end))
+        places[name] = end
         end += 8 * channels * count
-    return end, tuple(places)
+    return end, places
 
 
 def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
@@ -159,31 +160,25 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
 
 
 class Workspace(NamedTuple):
-    """A job and its scratch memory; other calls get them once this one is done with them."""
+    """A job and its scratch memory; another call gets them once one is done with them."""
 
     job: Job
     address: int
-    room: Tensor | None = None  # scratch memory
-    start: int = 0  # its address
-
-
-def workspace(size: int) -> Workspace:
-    job, room = Job(), torch.empty(size, dtype=torch.uint8, device="cpu")
-    return Workspace(job, ctypes.addressof(job), room, room.data_ptr())
+    fresh: bytes  # the job as a call finds it
+    room: Tensor
 
 
 def take(found: Plan) -> Workspace:
-    """A workspace with a fresh job for that plan."""
-    if found.room > ROOM:
-        work = workspace(found.room)
-    else:
-        try:
-            work = _idle.pop()
-        except IndexError:
-            work = workspace(ROOM)
-    ctypes.memmove(work.address, found.job, JOB_BYTES)
-    for name, place in found.places:
-        setattr(work.job, name, work.start + place)
+    """A workspace that no other call has."""
+    try:
+        work = found.idle.pop()
+    except IndexError:
+        job = Job.from_buffer_copy(found.job)
+        room = torch.empty(found.room, dtype=torch.uint8, device="cpu")
+        for name, place in found.places.items():
+            setattr(job, name, room.data_ptr() + place)
+        return Workspace(job, ctypes.addressof(job), bytes(job), room)
+    ctypes.memmove(work.address, work.fresh, JOB_BYTES)
     return work
 
 
@@ -233,8 +228,8 @@ class Sweep(reference.Sweep):
 
     def _done(self) -> None:
         """Leave the workspace to others; not if something was raised before."""
-        if self.plan.room <= ROOM and len(_idle) < IDLE:
-            _idle.append(self.work)
+        if self.plan.room <= ROOM and len(self.plan.idle) < IDLE:
+            self.plan.idle.append(self.work)
         del self.job, self.work
 
     def _make(self, name: str) -> tuple[Tensor, ...]:
