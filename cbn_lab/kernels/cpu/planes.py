@@ -10,24 +10,37 @@ STRETCH = 1024  # values summed in the working precision before they go to float
 
 
 def summing(form, which):
-    """Add what fills whole cells of the values start … end to six sums; say where that ended."""
+    """Sums of cells, carried from sample to sample: to add up a vector's numbers takes as long as
+    a short plane. ``held`` values are in the cells ``sums``, those before in the six numbers."""
     formula = cells.formulas(form)[which]
     count, fill, totals = form.count, form.fill, form.totals
 
     @fast
-    def run(six, at, start, end, k_re, k_im):
-        k, zero, last = fill(k_re, k_im), fill(0, 0), start + (end - start) // count * count
+    def nothing():
+        zero = fill(0, 0)
+        return zero, zero, zero
+
+    @fast
+    def closed(six, sums):
+        t, s, r = totals(sums[0]), totals(sums[1]), totals(sums[2])
         a, b, c, d, e, f = six
+        return a + t[0], b + t[1], c + s[0], d + s[1], e + r[0], f + r[1]
+
+    @fast
+    def run(six, sums, held, at, start, end, k_re, k_im):
+        """Add what fills whole cells of the values start … end; say where that ended."""
+        k, last = fill(k_re, k_im), start + (end - start) // count * count
         while start < last:
-            stop, sums = min(start + STRETCH, last), (zero, zero, zero)
+            stop = min(start + STRETCH - held, last)
             for i in range(start, stop, count):
                 sums = formula(sums, at, i, k)
-            t, s, r = totals(sums[0]), totals(sums[1]), totals(sums[2])
-            a, b, c, d, e, f = a + t[0], b + t[1], c + s[0], d + s[1], e + r[0], f + r[1]
+            held += stop - start
+            if held == STRETCH:
+                six, sums, held = closed(six, sums), nothing(), 0
             start = stop
-        return (a, b, c, d, e, f), last
+        return six, sums, held, last
 
-    return run
+    return nothing, run, closed
 
 
 def mapping(form, which):
@@ -50,17 +63,37 @@ def blocks(dtype, step):
     at = places(dtype, step)
     vector, one = cells.vectors(dtype, step), cells.single(dtype, dtype, step)
     double = cells.single(np.float64, dtype, step)
-    first_guess = summing(double, MOMENTS)
+    none, first, first_sum = summing(double, MOMENTS)
 
     @plain
     def guess(job, shift):
         few = min(job.length, 16)
         for c in range(job.channels):
-            six, _ = first_guess((0.0,) * 6, at(job, 0, c, 0), 0, few, 0.0, 0.0)
+            six, sums, _, _ = first((0.0,) * 6, none(), 0, at(job, 0, c, 0), 0, few, 0.0, 0.0)
+            six = first_sum(six, sums)
             shift[0, c], shift[1, c] = six[0] / few, six[1] / few
 
     def sums(which):
-        whole, rest, wide_all = (summing(form, which) for form in (vector, one, double))
+        none, whole, add = summing(vector, which)
+        no_rest, rest, add_rest = summing(one, which)
+        no_wide, wide_all, add_wide = summing(double, which)
+
+        @plain
+        def narrow(job, n0, n1, c, start, end, k_re, k_im):
+            six, sums, held, few, left = (0.0,) * 6, none(), 0, no_rest(), 0
+            for n in range(n0, n1):
+                where, length = at(job, n, c, start), end - start
+                six, sums, held, done = whole(six, sums, held, where, 0, length, k_re, k_im)
+                six, few, left, _ = rest(six, few, left, where, done, length, k_re, k_im)
+            return add_rest(add(six, sums), few)
+
+        @plain
+        def in_double(job, n0, n1, c, start, end, k_re, k_im):
+            six, sums, held = (0.0,) * 6, no_wide(), 0
+            for n in range(n0, n1):
+                where = at(job, n, c, start)
+                six, sums, held, _ = wide_all(six, sums, held, where, 0, end - start, k_re, k_im)
+            return add_wide(six, sums)
 
         @plain
         def block(job, part, n0, n1, c0, c1, start, end):
@@ -68,13 +101,10 @@ def blocks(dtype, step):
             partial = table(job.partial + 48 * part * job.channels, 6, job.channels)
             for c in range(c0, c1):
                 six, k_re, k_im = (0.0,) * 6, shift[0, c], shift[1, c]
-                for n in range(n0, n1):
-                    where, length = at(job, n, c, start), end - start
-                    if wide[c] != 0.0:
-                        six, _ = wide_all(six, where, 0, length, k_re, k_im)
-                    elif job.only_wide == 0:
-                        six, done = whole(six, where, 0, length, k_re, k_im)
-                        six, _ = rest(six, where, done, length, k_re, k_im)
+                if wide[c] != 0.0:
+                    six = in_double(job, n0, n1, c, start, end, k_re, k_im)
+                elif job.only_wide == 0:
+                    six = narrow(job, n0, n1, c, start, end, k_re, k_im)
                 partial[0, c], partial[1, c], partial[2, c] = six[0], six[1], six[2]
                 partial[3, c], partial[4, c], partial[5, c] = six[3], six[4], six[5]
 
