@@ -45,7 +45,7 @@ def batch_norm(
         TypeError: input that is not real.
     """
     check_arguments(input, running_mean, running_var, weight, bias, training)
-    checks.check_eps(eps, training)
+    checks.check_settings(eps, momentum, training)
     x = input.to(working_dtype(input.dtype))
     if training:
         mean, var = moments(x)
@@ -250,7 +250,7 @@ class NormBase(nn.Module):
     def run(self, function: Any, input: Any) -> Any:
         """:meth:`call`; the batch is counted only once that has succeeded."""
         output = self.call(function, input)
-        if self.training and self.track_running_stats:
+        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return output
 

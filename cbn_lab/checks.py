@@ -26,10 +26,15 @@ def check_construction(num_features: int, dtype: torch.dtype | None) -> torch.dt
     return dtype
 
 
-def check_eps(eps: float, training: bool) -> None:
+def check_settings(eps: float, momentum: float | Tensor, training: bool) -> None:
     if eps < 0 or (training and eps == 0):
         least = "more than 0 in training" if training else "0 or more"
         raise ValueError(f"expected eps to be {least}, got {eps}")
+    if momentum is None:
+        raise TypeError(
+            "expected momentum to be a number, got None; "
+            "only layers keep count of the batches, as a cumulative average needs"
+        )
 
 
 def check_rank(input: Tensor, ranks: Sequence[int]) -> None:

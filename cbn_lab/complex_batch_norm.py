@@ -53,7 +53,7 @@ def complex_batch_norm(
         TypeError: a real tensor where a complex one is due.
     """
     parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
-    checks.check_eps(eps, training)
+    checks.check_settings(eps, momentum, training)
     running, statistics = None, (running_mean, running_covar)
     if training:
         unbiased = bessel(checks.check_enough_values(parts[0]))

@@ -50,7 +50,7 @@ def sync_complex_batch_norm(
         mode = dict(training=training, momentum=momentum, eps=eps)
         return complex_batch_norm(*given, **mode, num_batches_tracked=num_batches_tracked)
     parts = check_arguments(*given, training)
-    checks.check_eps(eps, training)
+    checks.check_settings(eps, momentum, training)
     imag = parts[1] if len(parts) == 2 else None
     y, y_imag, mean, covar, count = SyncWhiten.apply(
         parts[0], imag, weight, bias, eps, process_group

@@ -19,7 +19,11 @@ def average_factor(momentum: float | None, num_batches_tracked: int | Tensor) ->
         num_batches_tracked: batches seen so far, the current one included. A tensor is not read:
             that would wait for its device, and break a compiled graph.
     """
-    return 1.0 / num_batches_tracked if momentum is None else momentum
+    if momentum is not None:
+        return momentum
+    if isinstance(num_batches_tracked, Tensor) and num_batches_tracked.device.type != "mps":
+        num_batches_tracked = num_batches_tracked.double()  # not the default dtype, perhaps half
+    return 1.0 / num_batches_tracked
 
 
 def bessel(count: int) -> float:

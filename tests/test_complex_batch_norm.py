@@ -138,6 +138,33 @@ def test_momentum_none_is_the_cumulative_average(options, factors):
     torch.testing.assert_close(bn.running_mean, mean)
 
 
+def test_the_cumulative_average_is_as_exact_as_the_layer():
+    z = oracle.correlated(9, 2, dtype=torch.complex128) + 1
+    bn = ComplexBatchNorm1d(2, momentum=None, dtype=torch.float64)
+    default = torch.get_default_dtype()
+    for dtype in (torch.float32, torch.bfloat16) * 4:
+        torch.set_default_dtype(dtype)
+        try:
+            bn(z)
+        finally:
+            torch.set_default_dtype(default)
+    mean = torch.stack([z.real.mean(0), z.imag.mean(0)], -1)
+    torch.testing.assert_close(bn.running_mean, mean, rtol=1e-14, atol=0)
+
+
+def test_without_a_counter_nothing_is_counted():
+    bn = ComplexBatchNorm1d(2)
+    bn.num_batches_tracked = None
+    bn(oracle.correlated(9, 2) + 1)
+    assert bn.running_mean.all()
+
+
+@pytest.mark.parametrize("state", [(None, None), (torch.zeros(2, 2), torch.ones(2, 3))])
+def test_a_functional_form_has_no_cumulative_average(state):
+    with pytest.raises(TypeError, match="expected momentum to be a number, got None"):
+        F.complex_batch_norm(oracle.correlated(9, 2), *state, training=True, momentum=None)
+
+
 def test_without_statistics_evaluation_uses_the_batchs_own():
     z = oracle.correlated(9, 2)
     bn = ComplexBatchNorm1d(2, track_running_stats=False)

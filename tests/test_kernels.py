@@ -144,13 +144,47 @@ def test_python_threads_where_there_is_no_openmp(monkeypatch):
     weight, bias = torch.randn(12, 3), torch.randn(12, 2)
     expected = step(z, g, weight, bias)
     monkeypatch.setattr(native, "openmp", lambda: None)
+    pools, pool = [], native._pool
+    monkeypatch.setattr(native, "_pool", lambda *args: pools.append(args) or pool(*args))
+    cpu_engine.forget()  # plans that know of OpenMP
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         found = step(z, g, weight, bias)
     finally:
         torch.set_num_threads(before)
+        cpu_engine.forget()
+    assert len(pools) == 4  # one for each sweep
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_ctrl_c_takes_no_memory_from_python_threads_at_work():
+    script = """
+        import signal, torch
+        from cbn_lab import functional as F
+        from cbn_lab.kernels.cpu import native
+        native.openmp = lambda: None
+        torch.set_num_threads(2)
+        z = torch.randn(16, 64, 60, 60, dtype=torch.complex64)
+        F.complex_batch_norm(z, None, None, training=True)
+        interrupted = 0
+
+        def press(*_):
+            raise KeyboardInterrupt
+
+        signal.signal(signal.SIGALRM, press)
+        for k in range(150):
+            try:
+                try:
+                    signal.setitimer(signal.ITIMER_REAL, 0.001 + 0.00003 * k)
+                    F.complex_batch_norm(z, None, None, training=True)
+                finally:
+                    signal.setitimer(signal.ITIMER_REAL, 0)
+            except (KeyboardInterrupt, RuntimeError):  # the latter from Python's own executor
+                interrupted += 1
+        print(interrupted)
+    """
+    assert int(run_script(script)) > 10
 
 
 STREAMED = {  # whether each row or plane of the result begins with a cache line
@@ -207,7 +241,7 @@ def test_two_calls_at_a_time_have_scratch_memory_of_their_own():
         sweep.moments()
     used = {sweep.job.partial for sweep in sweeps}
     assert len(used) == 2
-    y, _, _ = sweeps[1].forward(None, None, None, None, None)
+    y, _, _ = sweeps[1].forward(None, None, None, None)
     assert cpu_engine.Sweep((z,), 1e-5).job.partial in used  # and it is used again
     assert torch.equal(y[0], F.complex_batch_norm(z, None, None, training=True))
 
@@ -244,6 +278,15 @@ def test_parameters_of_any_precision(weight_dtype, bias_dtype):
     close(*found, 2e-3 if weight_dtype is torch.float16 else 1e-5)
 
 
+@pytest.mark.parametrize("engine", ["numba", "reference"])
+def test_the_gradient_of_the_bias_never_goes_through_half_precision(engine):
+    z, weight = oracle.correlated(64, 2, 40, 40), torch.ones(2, 3, dtype=torch.float16)
+    bias = torch.zeros(2, 2, requires_grad=True)
+    y = F.complex_batch_norm(z, None, None, weight, bias, training=True, engine=engine)
+    y.real.sum().backward()  # more than 65504, the largest number of float16
+    assert bias.grad[:, 0].eq(64 * 40 * 40).all()
+
+
 def test_layouts_are_recognised_without_a_copy():
     z = torch.empty(4, 6, 5, 3)
     known = {
@@ -257,8 +300,38 @@ def test_layouts_are_recognised_without_a_copy():
     for name, (tensor, rows) in known.items():
         found = layout(tensor.shape, tensor.stride())
         assert found is not None and found.rows is rows, name
-    for tensor in (z[..., ::2], z[:, :, :1].expand(4, 6, 5, 3), z[:, :, 1:3, :2]):
+    overlapping = torch.empty(4, 90).unfold(1, 15, 10)
+    for tensor in (z[..., ::2], z[:, :, :1].expand(4, 6, 5, 3), z[:, :, 1:3, :2], overlapping):
         assert layout(tensor.shape, tensor.stride()) is None
+
+
+def test_overlapping_frames_are_told_apart():
+    x = oracle.correlated(8, 500, 1)[..., 0].requires_grad_()
+    frames, c = x.unfold(1, 64, 16), torch.randn(8, 28, 64, dtype=torch.cfloat)
+    found = []
+    for re, im in (
+        (frames.real, frames.imag.contiguous()),
+        (frames.real.contiguous(), frames.imag.contiguous()),
+    ):
+        alone = torch.autograd.grad(
+            F.complex_batch_norm(torch.complex(re, im), None, None, training=True), x, c
+        )
+        y = torch.complex(*F.complex_batch_norm((re, im), None, None, training=True))
+        found.append([y, *alone, *torch.autograd.grad(y, x, c)])
+    whole = F.complex_batch_norm(frames, None, None, training=True)
+    found.append([whole, *torch.autograd.grad(whole, x, c) * 2])
+    close(found[0], found[1], 1e-5)
+    close(found[2], found[1], 1e-5)
+
+
+def test_values_whose_squares_float32_cannot_hold():
+    z, g = oracle.correlated(6, 3, 5, 5), torch.randn(6, 3, 5, 5, dtype=torch.cfloat)
+    weight, bias = torch.randn(3, 3), torch.randn(3, 2)
+    for scale in (1e15, 1e17, 1e19, 1e22):
+        found = step(scale * z, g, weight, bias)
+        expected = step(scale * z, g, weight, bias, engine="reference")
+        assert all(t.isfinite().all() for t in found)
+        close(found, expected, 1e-5)
 
 
 # --- what torch asks of an operator ------------------------------------------------------------
@@ -617,6 +690,64 @@ def test_running_statistics_made_in_inference_mode_can_be_moved():
         z = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1
         F.complex_batch_norm(z, *running, training=True, engine="numba")
         assert not running[0].eq(0).any()
+
+
+def test_running_statistics_made_in_inference_mode_are_not_moved_outside():
+    with torch.inference_mode():
+        running = torch.zeros(3, 2), torch.ones(3, 3)
+    z, count = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1, torch.tensor(0)
+    with pytest.raises(RuntimeError, match="inference"):
+        F.complex_batch_norm(z, *running, training=True, num_batches_tracked=count)
+    assert running[0].eq(0).all() and running[1].eq(1).all() and count == 0
+
+
+@pytest.mark.parametrize("engine", ["numba", "reference"])
+def test_running_statistics_of_a_tensor_subclass_are_moved(engine):
+    two = pytest.importorskip("torch.testing._internal.two_tensor").TwoTensor
+    mean, covar = (two(torch.zeros(3, k), torch.zeros(3, k)) for k in (2, 3))
+    z = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1
+    F.complex_batch_norm(z, mean, covar, training=True, engine=engine)
+    assert mean.a.all() and mean.b.all() and covar.a[:, :2].all()
+
+
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_the_batch_is_counted_with_the_statistics(kind):
+    z, count = oracle.correlated(6, 3, 5, dtype=torch.complex64), torch.tensor(4, dtype=kind)
+    for state in ((None, None), (torch.zeros(3, 2), None)):
+        for batch in (z, z.to(torch.complex128)):
+            version = count._version
+            F.complex_batch_norm(batch, *state, training=True, num_batches_tracked=count)
+            assert count._version > version
+    with pytest.raises(ValueError, match="eps"):
+        F.complex_batch_norm(z, None, None, training=True, eps=-1, num_batches_tracked=count)
+    F.complex_batch_norm(z, torch.zeros(3, 2), torch.ones(3, 3), num_batches_tracked=count)
+    assert count == 8
+
+
+def test_nothing_is_moved_where_the_tensors_cannot_be_saved():
+    bn, z = ComplexBatchNorm2d(3), oracle.correlated(4, 3, 5, 5, dtype=torch.complex64) + 1
+
+    def full(tensor):
+        raise MemoryError("no room")
+
+    with (
+        torch.autograd.graph.saved_tensors_hooks(full, lambda t: t),
+        pytest.raises(MemoryError),
+    ):
+        bn(z.requires_grad_())
+    assert not bn.running_mean.any() and bn.num_batches_tracked == 0
+
+
+def test_a_checkpoint_that_ends_with_the_layer_moves_the_statistics_once():
+    from torch.utils.checkpoint import checkpoint
+
+    layers = ComplexBatchNorm2d(3, momentum=None), ComplexBatchNorm2d(3, momentum=None)
+    for k in range(4):
+        z = (oracle.correlated(4, 3, 5, 5, dtype=torch.complex64) + k).requires_grad_()
+        layers[0](z)
+        checkpoint(layers[1], z, use_reentrant=False).abs().sum().backward()
+    for a, b in zip(layers[0].buffers(), layers[1].buffers(), strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_traced_layer_follows_its_input():

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from cbn_lab import kernels
 from cbn_lab.diagnostics import advice, graph, heap, render, source, storages, trend
 from cbn_lab.diagnostics.census import Census
 from cbn_lab.diagnostics.holders import Held, Survey, roots_of
@@ -156,6 +157,7 @@ class _Trial:
                     step()
                 gc.collect()  # cycles that Python would free some time are no leak
                 graph.release()
+                kernels.forget()  # an engine's notes on inputs of many sizes are none either
                 if not traced:  # anomaly mode stores a traceback in every node
                     grown = _heap_without_tensors(census) - before
                     self._heap.append((self._heap[-1] if self._heap else 0) + grown)

@@ -6,4 +6,5 @@ them together.
 """
 
 from cbn_lab.kernels.operator import ENGINES as ENGINES
+from cbn_lab.kernels.operator import forget as forget
 from cbn_lab.kernels.operator import whiten as whiten

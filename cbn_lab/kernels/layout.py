@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 def layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
     """The layout of a tensor, or None if it is neither planes nor rows, or overlaps itself."""
     n, c = shape[0], shape[1]
-    if any(stride == 0 and size > 1 for size, stride in zip(shape, strides, strict=True)):
+    if overlaps(shape, strides):
         return None
     spatial = sorted(range(2, len(shape)), key=lambda d: (-strides[d], d))
     length, pitch = _walk(shape, strides, spatial)
@@ -43,6 +43,17 @@ def layout(shape: torch.Size, strides: tuple[int, ...]) -> Layout | None:
             long = tuple(dim for dim in everything if shape[dim] > 1)
             return Layout(True, 1, c, length, pitch, 1, long)
     return None
+
+
+def overlaps(shape: torch.Size, strides: tuple[int, ...]) -> bool:
+    """Whether several values may share one place, as in an expanded or an unfolded tensor."""
+    end = 1
+    for stride, size in sorted(zip(strides, shape, strict=True)):
+        if size > 1:
+            if stride < end:
+                return True
+            end += stride * (size - 1)
+    return False
 
 
 def is_dense(shape: torch.Size, strides: tuple[int, ...]) -> bool:

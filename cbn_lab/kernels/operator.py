@@ -1,8 +1,8 @@
 """One operator, ``torch.ops.cbn_lab.complex_batch_norm``, whichever engine does the work.
 
-Forward and backward are functional custom operators: nothing is mutated, the batch's statistics
-are returned. In eager mode :class:`Whiten` runs the same code without the dispatcher, which would
-cost more than the arithmetic of a small layer.
+Forward and backward are functional custom operators: they mutate nothing and return the batch's
+statistics, and :func:`whiten` moves the running ones. In eager mode :class:`Whiten` runs the same
+code without the dispatcher, which would cost more than the arithmetic of a small layer.
 """
 
 import os
@@ -61,10 +61,16 @@ def whiten(
         run = torch.ops.cbn_lab.complex_batch_norm
     elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         run = Whiten.apply  # which refuses what it cannot do
-    elif torch.is_grad_enabled():
-        return WhitenAtOnce.apply(*args[:2], weight, bias, (mean, covar, eps, engine, running))
     else:
-        return sweep_forward(*args, running)[0]
+        if torch.is_grad_enabled():
+            found: list = []
+            output = WhitenAtOnce.apply(*args[:2], weight, bias, (mean, covar, eps, engine, found))
+        else:
+            output, *found = sweep_forward(*args)
+        if running is not None:  # only now: to save the tensors may fail as well
+            mean, covar, sweep = found
+            sweep.move(running, mean, covar)
+        return output
     y, y_imag, mean, covar = run(*args)
     if running is not None:
         running.update_(mean, covar)
@@ -121,6 +127,12 @@ def give_up(name: str, error: Exception) -> None:
     _loaded[name] = reference
 
 
+def forget() -> None:
+    """Let go of what the engines keep between calls."""
+    for module in _loaded.values():
+        getattr(module, "forget", lambda: None)()
+
+
 def start(parts: Parts, eps: float, engine: str) -> Any:
     """The sweep over ``parts`` of the engine that suits them."""
     if engine == "auto":
@@ -146,12 +158,11 @@ def sweep_forward(
     bias: Tensor | None,
     eps: float,
     engine: str,
-    running: Running | None = None,
-) -> tuple[Parts, Tensor, Tensor]:
-    """The output, and the statistics that it was made with."""
+) -> tuple[Parts, Tensor, Tensor, Any]:
+    """The output, the statistics that it was made with, and the sweep."""
     sweep = start(widened(input, imag), eps, engine)
-    y, mean, covar = sweep.forward(mean, covar, weight, bias, running)
-    return tuple([narrowed(part, input.dtype) for part in y]), mean, covar
+    y, mean, covar = sweep.forward(mean, covar, weight, bias)
+    return tuple([narrowed(part, input.dtype) for part in y]), mean, covar, sweep
 
 
 def forward(
@@ -164,8 +175,9 @@ def forward(
     eps: float,
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, *statistics = sweep_forward(input, imag, *kept(mean, covar), weight, bias, eps, engine)
-    return y[0], y[1] if imag is not None else input.new_empty(0), *statistics
+    args = input, imag, *kept(mean, covar), weight, bias, eps, engine
+    y, mean, covar, _ = sweep_forward(*args)
+    return y[0], y[1] if imag is not None else input.new_empty(0), mean, covar
 
 
 def kept(mean: Tensor | None, covar: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
@@ -195,8 +207,15 @@ def sweep_backward(
         widened(grad, grad_imag), mean, covar, weight, count, need_input
     )
     x, x_imag = (*[narrowed(part, input.dtype) for part in x], None, None)[:2]
-    dtype = torch.float64 if weight is None else weight.dtype
-    return x, x_imag, narrowed(weight_grad, dtype), narrowed(bias_grad, dtype)
+    dtypes = gradient_dtypes(weight)
+    return x, x_imag, narrowed(weight_grad, dtypes[0]), narrowed(bias_grad, dtypes[1])
+
+
+def gradient_dtypes(weight: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
+    """Of weight and bias; not that of a half weight for the bias, whose dtype is not known here."""
+    if weight is None:
+        return torch.float64, torch.float64
+    return weight.dtype, torch.float32 if weight.dtype is torch.float32 else torch.float64
 
 
 def backward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -281,7 +300,7 @@ class Whiten(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-        remember(ctx, inputs, output)
+        remember(ctx, inputs, *output[2:])
         ctx.mark_non_differentiable(*(output[2:] if inputs[1] is not None else output[1:]))
 
     @staticmethod
@@ -305,10 +324,11 @@ class WhitenAtOnce(torch.autograd.Function):
         bias: Tensor | None,
         others: tuple,
     ) -> Parts:
-        mean, covar, eps, engine, running = others  # one argument: torch looks at each for itself
+        mean, covar, eps, engine, found = others  # one argument: torch looks at each for itself
         args = input, imag, *kept(mean, covar), weight, bias, eps, engine
-        y, *statistics = sweep_forward(*args, running)
-        remember(ctx, args, (None, None, *statistics))
+        y, *results = sweep_forward(*args)
+        found.extend(results)
+        remember(ctx, args, *found[:2])
         return y
 
     @staticmethod
@@ -332,11 +352,11 @@ class WhitenBackward(torch.autograd.Function):
         return backpropagate_again(ctx, *outer)
 
 
-def remember(ctx: Any, inputs: tuple, output: tuple) -> None:
-    input, imag, mean, _, weight, bias, eps, engine = inputs
+def remember(ctx: Any, inputs: tuple, mean: Tensor, covar: Tensor) -> None:
+    input, imag, given, _, weight, bias, eps, engine = inputs
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, imag, weight, *output[2:])
-    ctx.settings = eps, engine, mean is None, None if bias is None else bias.dtype
+    ctx.save_for_backward(input, imag, weight, mean, covar)
+    ctx.settings = eps, engine, given is None, None if bias is None else bias.dtype
 
 
 def eager_backward() -> Callable:
@@ -416,9 +436,11 @@ def _(
     x = torch.empty_like(input) if need_input else input.new_empty(0)
     both = need_input and imag is not None
     second = torch.empty_like(input) if both else input.new_empty(0)
-    dtype = torch.float64 if weight is None else weight.dtype
-    c, small = input.shape[1], dict(dtype=dtype, device=input.device)
-    return x, second, torch.empty(c, 3, **small), torch.empty(c, 2, **small)
+    made = [
+        torch.empty(input.shape[1], columns, dtype=dtype, device=input.device)
+        for columns, dtype in zip((3, 2), gradient_dtypes(weight), strict=True)
+    ]
+    return x, second, *made
 
 
 def _compiled_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -428,7 +450,7 @@ def _compiled_backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, 
 torch.library.register_autograd(
     "cbn_lab::complex_batch_norm",
     _compiled_backward,
-    setup_context=lambda ctx, inputs, output: remember(ctx, inputs, output),
+    setup_context=lambda ctx, inputs, output: remember(ctx, inputs, *output[2:]),
     lib=library,
 )
 torch.library.register_autograd(

@@ -114,14 +114,22 @@ class Sweep:
         self.like, self.eps = parts, eps
         self.x = as_pair(parts)
 
-    def forward(self, mean, covar, weight, bias, running: Running | None):
+    def forward(self, mean, covar, weight, bias):
         """The output, and the statistics that it was made with: those of the batch for None."""
         if mean is None:
             mean, covar = self.moments()
-        y = self.apply(mean, covar, weight, bias)
-        if running is not None:
-            running.update_(mean, covar)
-        return y, mean, covar
+        return self.apply(mean, covar, weight, bias), mean, covar
+
+    def move(self, running: Running, mean: Tensor, covar: Tensor) -> None:
+        """The running statistics towards those of the batch."""
+        # torch refuses to write to these too, but only after it has written.
+        if any(t is not None and t.is_inference() for t in running[:3]):
+            if not torch.is_inference_mode_enabled():
+                raise RuntimeError(
+                    "expected running statistics that can be updated, got ones made in inference "
+                    "mode, which can only be updated there; clone() them outside"
+                )
+        running.update_(mean, covar)
 
     def backward(self, grads, mean, covar, weight, count, need_input):
         """Gradients of input (if needed), weight and bias."""

@@ -235,6 +235,18 @@ def test_the_published_complex_layer_is_convicted():
 
 
 @pytest.mark.skipif(heap.kind != "malloc", reason="this system does not tell of the heap")
+@pytest.mark.parametrize("channels", [2, 64, 512])
+def test_batches_of_many_lengths_are_no_leak(channels):
+    bn, lengths = cbn_lab.ComplexBatchNorm1d(channels), iter(range(10, 1000, 3))
+
+    def step():
+        z = torch.randn(next(lengths), channels, dtype=torch.complex64)
+        bn(z).abs().square().mean().backward()
+        bn.zero_grad(set_to_none=True)
+
+    assert cbn_lab.diagnose(step, bn).verdict == "clean"
+
+
 def test_growth_that_is_no_tensor_is_given_in_bytes():
     kept = []
 

@@ -24,9 +24,12 @@ moved = plain(running_stats.moved)
 
 @plain
 def is_wide(rr, ii, ri, eps):
-    """Whether float32 would lose more than two digits to cancellation: correlation above 0.995."""
+    """Whether float32 would lose more than two digits to cancellation: correlation above 0.995.
+
+    Or be short of exponents, as its square is from 1e19 on. The comparisons are false for NaN.
+    """
     product = (rr + eps) * (ii + eps)
-    return product - ri * ri < 0.01 * product
+    return not (rr + ii < 1e30 and product - ri * ri >= 0.01 * product)
 
 
 @plain
@@ -64,8 +67,9 @@ def finish_moments(pointer_to_job):
             far = m_re * m_re > 16 * rr or m_im * m_im > 16 * ii
             wide[c] = 1.0 if far or is_wide(rr, ii, ri, job.eps) else 0.0
             if wide[c] != 0.0:
-                shift[0, c], shift[1, c] = mean[2 * c], mean[2 * c + 1]
                 job.wide_found += 1
+                if math.isfinite(m_re) and math.isfinite(m_im):
+                    shift[0, c], shift[1, c] = mean[2 * c], mean[2 * c + 1]
 
 
 @plain

@@ -95,7 +95,6 @@ def whole_forward(pointer_to_job):
             call(job.finish_moments, pointer_to_job)
     call(job.map_forward, pointer_to_job)
     sweep(job, pointer_to_job, job.apply)
-    call(job.move_running, pointer_to_job)
 
 
 def whole_backward(pointer_to_job):

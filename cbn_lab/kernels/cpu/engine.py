@@ -9,6 +9,7 @@ Results do not depend on the number of threads: the work is cut the same way for
 
 import ctypes
 import functools
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,8 +29,8 @@ SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
 TASK_ROWS = 512  # a task costs something by itself, which grows with the channels as its rows do
 FEW_TASKS = 8  # that many there may be all the same, or few rows would be left to one thread
 LINE = 64  # bytes, of a cache line and of a vector
-PLANS, IDLE = 256, 4  # plans that are kept, and workspaces in each, if they are small:
-ROOM = 1 << 16  # bytes of scratch memory
+ROOM, IDLE = 1 << 16, 64  # bytes of scratch memory kept for the next call, and how many times
+_idle: dict["Plan", "Workspace"] = {}
 JOB_BYTES = ctypes.sizeof(Job)
 
 
@@ -67,24 +68,23 @@ def warm() -> None:
                 loops(dtype, interleaved, rows)
 
 
-class Plan(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Plan:
     """All of a sweep that depends only on shapes and strides; made once and kept."""
 
     layout: Layout
     loops: dict[str, native.Loop]
     job: bytes  # a Job with counts, blocks and strides filled in
     interleaved: bool
-    step: int  # real numbers from one value to the next
     size: int  # bytes of a real number
     room: int  # bytes of scratch memory
     places: dict[str, int]  # where in it what begins
     threads: int  # that are worth starting
     streams: tuple[str, ...]  # the sweeps that write past the cache
-    like: dict[tuple[int, bool], Tensor]  # by columns, single or double: new ones are made quickly
-    idle: list["Workspace"]  # kept for the next call
+    like: dict[tuple[int, bool], Tensor]
 
 
-@functools.lru_cache(PLANS)
+@functools.lru_cache(1024)
 def plan(
     shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, threads: int
 ) -> Plan | None:
@@ -93,7 +93,7 @@ def plan(
     if both is None:
         return None
     found, fresh = both
-    real, c = dtype.to_real() if dtype.is_complex else dtype, found.channels
+    real = dtype.to_real() if dtype.is_complex else dtype
     step, size = 2 if dtype.is_complex else 1, real.itemsize
     job = Job(x_sample=step * found.sample, x_channel=step * found.channel)
     job.g_sample, job.g_channel = job.x_sample, job.x_channel
@@ -105,14 +105,30 @@ def plan(
     for name in LOOPS:
         setattr(job, name, native.address(code[name]))
     job.parallel, job.threads = native.address(native.openmp()), min(tasks, threads)
-    fixed = bytes(job), dtype.is_complex, step, size, *scratch(c, slices)
-    like = {
-        (columns, dtype is torch.float32): torch.empty(c, columns, dtype=dtype, device="cpu")
+    room, places = scratch(found.channels, slices)
+    return Plan(
+        layout=found,
+        loops=code,
+        job=bytes(job),
+        interleaved=dtype.is_complex,
+        size=size,
+        room=room,
+        places=places,
+        threads=job.threads,
+        streams=streams(fresh, step * size, 2 * size),
+        like=likes(found.channels),
+    )
+
+
+@functools.lru_cache(64)
+def likes(channels: int) -> dict[tuple[int, bool], Tensor]:
+    """A small tensor by columns and whether it is float32: to make others like it is quick."""
+    dtypes = {True: torch.float32, False: torch.float64}
+    return {
+        (columns, single): torch.empty(channels, columns, dtype=dtype, device="cpu")
         for columns in (2, 3, 4)
-        for dtype in (torch.float32, torch.float64)
+        for single, dtype in dtypes.items()
     }
-    past = streams(fresh, step * size, 2 * size)
-    return Plan(found, code, *fixed, min(tasks, threads), past, like, [])
 
 
 def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
@@ -159,6 +175,13 @@ def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
     return slices, slices * ceil_divide(c, job.channel_block)
 
 
+def forget() -> None:
+    """Let go of what is kept between calls, but not of the loops."""
+    plan.cache_clear()
+    likes.cache_clear()
+    _idle.clear()
+
+
 class Workspace(NamedTuple):
     """A job and its scratch memory; another call gets them once one is done with them."""
 
@@ -170,9 +193,8 @@ class Workspace(NamedTuple):
 
 def take(found: Plan) -> Workspace:
     """A workspace that no other call has."""
-    try:
-        work = found.idle.pop()
-    except IndexError:
+    work = _idle.pop(found, None)
+    if work is None:
         job = Job.from_buffer_copy(found.job)
         room = torch.empty(found.room, dtype=torch.uint8, device="cpu")
         for name, place in found.places.items():
@@ -224,17 +246,20 @@ class Sweep(reference.Sweep):
 
     def _sweep(self, name: str) -> None:
         self.job.counter = 0
-        native.parallel(self.plan.loops[name], self.work.address, self.plan.threads)
+        native.parallel(self.plan.loops[name], self.work.address, self.plan.threads, self)
 
     def _done(self) -> None:
         """Leave the workspace to others; not if something was raised before."""
-        if self.plan.room <= ROOM and len(self.plan.idle) < IDLE:
-            self.plan.idle.append(self.work)
+        if self.plan.room <= ROOM:
+            _idle[self.plan] = self.work
+            if len(_idle) > IDLE:
+                _idle.pop(next(iter(_idle), None), None)  # the one that has waited longest
         del self.job, self.work
 
     def _make(self, name: str) -> tuple[Tensor, ...]:
         """Room for what the sweep called ``name`` writes, with the memory format of the input."""
         out = outputs_like(self.parts)
+        self.keep.extend(out)
         if out[0].nbytes > native.HUGE:
             for part in out:
                 native.ask_for_huge_pages(part)
@@ -251,11 +276,11 @@ class Sweep(reference.Sweep):
             torch.empty_like(old).copy_(new) for old, new in zip(self.like, out, strict=True)
         )
 
-    def forward(self, mean, covar, weight, bias, running: Running | None):
+    def forward(self, mean, covar, weight, bias):
         """The steps below in one call; one by one where threads can only be had from Python."""
         job = self.job
         if job.threads > 1 and not job.parallel:
-            return super().forward(mean, covar, weight, bias, running)
+            return super().forward(mean, covar, weight, bias)
         if mean is None:
             job.training = 1
             mean, job.mean = self._new(2)
@@ -263,14 +288,30 @@ class Sweep(reference.Sweep):
         else:
             self._take_statistics(mean, covar)
         self._take_parameters(weight, bias)
-        out, moved = self._make("apply"), self._take_running(running)
+        out = self._make("apply")
         self._run("whole_forward")
-        if moved:
-            increment_version(moved)  # or autograd would not see that they have changed
-        elif running is not None:
-            running.update_(mean, covar)
         self._done()
         return self._finished(out), mean, covar
+
+    def move(self, running: Running, mean: Tensor, covar: Tensor) -> None:
+        *given, factor, unbiased = running
+        single = torch.float32 in [tensor.dtype for tensor in given[:2] if tensor is not None]
+        real = torch.float32 if single else torch.float64
+        for tensor, dtype in zip(given, (real, real, torch.int64), strict=True):
+            if tensor is not None and not can_be_written(tensor, dtype):
+                return super().move(running, mean, covar)
+        if isinstance(factor, Tensor):
+            return super().move(running, mean, covar)
+        self.work = take(self.plan)
+        job = self.job = self.work.job
+        job.mean, job.covar = self._small(mean), self._small(covar)
+        places = [0 if tensor is None else tensor.data_ptr() for tensor in given]
+        job.running_mean, job.running_covar, job.batches = places
+        job.running_single, job.factor, job.unbiased = single, factor, unbiased
+        self._run("move_running")
+        # Or autograd would not see that they have changed.
+        increment_version([tensor for tensor in given if tensor is not None])
+        self._done()
 
     def backward(self, grads, mean, covar, weight, count, need_input):
         if self.job.threads > 1 and not self.job.parallel:
@@ -294,21 +335,6 @@ class Sweep(reference.Sweep):
         self.job.weight, self.job.bias = self._small(weight, single), self._small(bias, single)
         self.job.single = single
         return single
-
-    def _take_running(self, running: Running | None) -> list[Tensor]:
-        """Hand over the running statistics, if they are such that a loop can move them."""
-        if running is None or isinstance(running.factor, Tensor):
-            return []
-        *given, factor, unbiased = running
-        single = torch.float32 in [tensor.dtype for tensor in given[:2] if tensor is not None]
-        real = torch.float32 if single else torch.float64
-        for tensor, dtype in zip(given, (real, real, torch.int64), strict=True):
-            if tensor is not None and not (tensor.is_cpu and is_simple(tensor, dtype)):
-                return []
-        job, places = self.job, [0 if tensor is None else tensor.data_ptr() for tensor in given]
-        job.running_mean, job.running_covar, job.batches = places
-        job.running_single, job.factor, job.unbiased = single, factor, unbiased
-        return [tensor for tensor in given if tensor is not None]
 
     def _take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
         self.grads = tuple([in_step(grad, self.parts[0]) for grad in grads])
@@ -382,3 +408,8 @@ class Sweep(reference.Sweep):
 def is_simple(tensor: Tensor, dtype: torch.dtype) -> bool:
     """Whether the numbers stand in memory one after the other, as they are."""
     return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.is_neg()
+
+
+def can_be_written(tensor: Tensor, dtype: torch.dtype) -> bool:
+    plain = type(tensor) is Tensor and tensor.is_cpu and not tensor.is_inference()
+    return plain and is_simple(tensor, dtype)

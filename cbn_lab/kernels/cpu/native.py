@@ -159,17 +159,26 @@ def address(function: Callable | None) -> int:
     return ctypes.cast(function, ctypes.c_void_p).value or 0
 
 
-def parallel(loop: Callable[[int], None], args: int, threads: int) -> None:
-    """Run ``loop`` on ``threads`` threads, the calling one included, and wait for all."""
+def parallel(loop: Callable[[int], None], args: int, threads: int, owner: object) -> None:
+    """Run ``loop`` on ``threads`` threads, the calling one included, and wait for all.
+
+    Where Python's threads run it, they hold on to ``owner``, which has the memory that the loop
+    works on: Ctrl-C ends the waiting, but not what is under way.
+    """
     if threads <= 1:
         loop(args)
     elif (run := openmp()) is not None:
         run(loop, args, threads, 0)
     else:
-        others = [_pool(os.getpid(), threads).submit(loop, args) for _ in range(threads - 1)]
+        pool = _pool(os.getpid(), threads)
+        others = [pool.submit(_run, loop, args, owner) for _ in range(threads - 1)]
         loop(args)
         for other in others:
             other.result()
+
+
+def _run(loop: Callable[[int], None], args: int, owner: object) -> None:
+    loop(args)
 
 
 @functools.cache

@@ -10,8 +10,10 @@ STRETCH = 1024  # values summed in the working precision before they go to float
 
 
 def summing(form, which):
-    """Sums of cells, carried from sample to sample: to add up a vector's numbers takes as long as
-    a short plane. ``held`` values are in the cells ``sums``, those before in the six numbers."""
+    """Summing in cells, ``sums``, that are added to ``six`` numbers when they have ``held`` enough.
+
+    They are carried from sample to sample: to add up a vector takes as long as a plane of 8×8.
+    """
     formula = cells.formulas(form)[which]
     count, fill, totals = form.count, form.fill, form.totals
 
@@ -80,12 +82,13 @@ def blocks(dtype, step):
 
         @plain
         def narrow(job, n0, n1, c, start, end, k_re, k_im):
-            six, sums, held, few, left = (0.0,) * 6, none(), 0, no_rest(), 0
+            six, sums, held = (0.0,) * 6, none(), 0
             for n in range(n0, n1):
                 where, length = at(job, n, c, start), end - start
                 six, sums, held, done = whole(six, sums, held, where, 0, length, k_re, k_im)
-                six, few, left, _ = rest(six, few, left, where, done, length, k_re, k_im)
-            return add_rest(add(six, sums), few)
+                six, few, _, _ = rest(six, no_rest(), 0, where, done, length, k_re, k_im)
+                six = add_rest(six, few)
+            return add(six, sums)
 
         @plain
         def in_double(job, n0, n1, c, start, end, k_re, k_im):
