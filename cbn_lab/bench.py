@@ -31,7 +31,7 @@ PEERS = {  # package: module, class for (N, C), class for (N, C, H, W), takes a 
     "cplxmodule": ("cplxmodule.nn", "CplxBatchNorm1d", "CplxBatchNorm2d"),
 }
 STOCK = "two stock BatchNorm"
-IN_A_ROW = 2  # steps: the second finds its code in the cache, whoever had the turn before
+IN_A_ROW = 4  # steps: all but the first find their code in the cache, whoever had the turn before
 
 
 @dataclass
@@ -92,7 +92,7 @@ def run_shape(shape: tuple[int, ...], threads: int, args: argparse.Namespace) ->
     found = list(candidates(shape, args))
     check_against_each_other(found)
     element = 8 * math.prod(shape)
-    rounds = args.rounds or max(6, min(60, (5 if args.quick else 20) * (1 << 24) // element))
+    rounds = args.rounds or max(6, min(240, (5 if args.quick else 20) * (1 << 24) // element))
     for candidate in found:
         candidate.saved = saved_bytes(partial(candidate.forward, *candidate.inputs))
     for _ in range(math.ceil(rounds / IN_A_ROW) + 1):

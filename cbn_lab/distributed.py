@@ -100,6 +100,7 @@ class SyncWhiten(torch.autograd.Function):
         mean, covar = sweep.moments() if count else empty
         mean, covar, total = reduced_moments(mean, covar, count, group)
         y = [part.to(input.dtype) for part in sweep.apply(mean, covar, weight, bias)]
+        sweep.finish(None, mean, covar)
         ctx.save_for_backward(input, imag, weight, mean, covar)
         ctx.eps, ctx.group, ctx.total = eps, group, total
         ctx.bias_dtype = None if bias is None else bias.dtype

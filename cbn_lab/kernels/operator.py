@@ -67,9 +67,8 @@ def whiten(
             output = WhitenAtOnce.apply(*args[:2], weight, bias, (mean, covar, eps, engine, found))
         else:
             output, *found = sweep_forward(*args)
-        if running is not None:  # only now: to save the tensors may fail as well
-            mean, covar, sweep = found
-            sweep.move(running, mean, covar)
+        mean, covar, sweep = found
+        sweep.finish(running, mean, covar)  # only now: to save the tensors may fail as well
         return output
     y, y_imag, mean, covar = run(*args)
     if running is not None:

@@ -120,8 +120,10 @@ class Sweep:
             mean, covar = self.moments()
         return self.apply(mean, covar, weight, bias), mean, covar
 
-    def move(self, running: Running, mean: Tensor, covar: Tensor) -> None:
-        """The running statistics towards those of the batch."""
+    def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
+        """The last step of a forward: move the running statistics towards those of the batch."""
+        if running is None:
+            return
         # torch refuses to write to these too, but only after it has written.
         if any(t is not None and t.is_inference() for t in running[:3]):
             if not torch.is_inference_mode_enabled():

@@ -290,28 +290,33 @@ class Sweep(reference.Sweep):
         self._take_parameters(weight, bias)
         out = self._make("apply")
         self._run("whole_forward")
-        self._done()
         return self._finished(out), mean, covar
 
-    def move(self, running: Running, mean: Tensor, covar: Tensor) -> None:
-        *given, factor, unbiased = running
-        single = torch.float32 in [tensor.dtype for tensor in given[:2] if tensor is not None]
-        real = torch.float32 if single else torch.float64
-        for tensor, dtype in zip(given, (real, real, torch.int64), strict=True):
-            if tensor is not None and not can_be_written(tensor, dtype):
-                return super().move(running, mean, covar)
+    def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
+        if running is not None and not self._moved(*running):
+            super().finish(running, mean, covar)
+        self._done()
+
+    def _moved(self, mean, covar, batches, factor, unbiased) -> bool:
+        """Move the running statistics, if they are such that a loop can do it."""
+        one = covar if mean is None else mean
+        single = one is not None and one.dtype is torch.float32
+        real, given = torch.float32 if single else torch.float64, []
+        for tensor, dtype in ((mean, real), (covar, real), (batches, torch.int64)):
+            if tensor is not None:
+                if not can_be_written(tensor, dtype):
+                    return False
+                given.append(tensor)
         if isinstance(factor, Tensor):
-            return super().move(running, mean, covar)
-        self.work = take(self.plan)
-        job = self.job = self.work.job
-        job.mean, job.covar = self._small(mean), self._small(covar)
-        places = [0 if tensor is None else tensor.data_ptr() for tensor in given]
-        job.running_mean, job.running_covar, job.batches = places
+            return False
+        job = self.job
+        job.running_mean = 0 if mean is None else mean.data_ptr()
+        job.running_covar = 0 if covar is None else covar.data_ptr()
+        job.batches = 0 if batches is None else batches.data_ptr()
         job.running_single, job.factor, job.unbiased = single, factor, unbiased
         self._run("move_running")
-        # Or autograd would not see that they have changed.
-        increment_version([tensor for tensor in given if tensor is not None])
-        self._done()
+        increment_version(given)  # or autograd would not see that they have changed
+        return True
 
     def backward(self, grads, mean, covar, weight, count, need_input):
         if self.job.threads > 1 and not self.job.parallel:
@@ -349,8 +354,7 @@ class Sweep(reference.Sweep):
         bias_grad, job.bias_grad = self._new(2, single)
         return weight_grad, bias_grad
 
-    # The steps one by one, for who must have what stands between them. The last of a forward or a
-    # backward, apply or apply_backward, gives the workspace away.
+    # The steps one by one, for who must have what stands between them.
 
     def moments(self) -> tuple[Tensor, Tensor]:
         mean, self.job.mean = self._new(2)
@@ -372,7 +376,6 @@ class Sweep(reference.Sweep):
         out = self._make("apply")
         self._run("map_forward")
         self._sweep("apply")
-        self._done()
         return self._finished(out)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
