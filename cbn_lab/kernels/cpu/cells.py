@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cbn_lab.kernels.cpu import lanes
-from cbn_lab.kernels.cpu.tools import access, tiny
+from cbn_lab.kernels.cpu.tools import access, prefetch, tiny
 
 MOMENTS, GRAM, FORWARD, BACKWARD = range(4)  # the places of the formulas
 
@@ -22,6 +22,7 @@ class Form(NamedTuple):
 
     count: int  # complex numbers in a cell
     get: Callable  # (re, im, i): the cell whose first number is number i
+    read: Callable  # the same, from the data
     put: Callable  # (re, im, i, cell)
     fill: Callable  # (re, im): a cell of one number
     totals: Callable  # (cell): the float64 sums of its real and of its imaginary parts
@@ -52,14 +53,21 @@ def single(work: type, dtype: type, step: int) -> Form:
     def totals(cell):
         return np.float64(cell[0]), np.float64(cell[1])
 
-    return Form(1, get, put, fill, totals, *in_pairs())
+    return Form(1, get, get, put, fill, totals, *in_pairs())
 
 
-def interleaved(dtype: type, write: Callable) -> Form:
+def interleaved(dtype: type, write: Callable, ahead: int) -> Form:
     """A vector that holds re, im, re, im, ... as they lie in memory."""
+    size = dtype(0).itemsize
 
     @tiny
     def get(re, _, i):
+        return lanes.load(re, 2 * i)
+
+    @tiny
+    def read(re, _, i):
+        if ahead:
+            prefetch(re, 2 * i + ahead // size)
         return lanes.load(re, 2 * i)
 
     @tiny
@@ -70,16 +78,24 @@ def interleaved(dtype: type, write: Callable) -> Form:
     def fill(re, im):
         return lanes.pairs(dtype(re), dtype(im))
 
-    count = lanes.BYTES // dtype(0).itemsize // 2
+    count = lanes.BYTES // size // 2
     operations = operator.add, operator.sub, operator.mul, lanes.swap
-    return Form(count, get, put, fill, lanes.totals, *operations)
+    return Form(count, get, read, put, fill, lanes.totals, *operations)
 
 
-def apart(dtype: type, write: Callable) -> Form:
+def apart(dtype: type, write: Callable, ahead: int) -> Form:
     """A vector of real parts and one of imaginary parts."""
+    size = dtype(0).itemsize
 
     @tiny
     def get(re, im, i):
+        return lanes.load(re, i), lanes.load(im, i)
+
+    @tiny
+    def read(re, im, i):
+        if ahead:
+            prefetch(re, i + ahead // size)
+            prefetch(im, i + ahead // size)
         return lanes.load(re, i), lanes.load(im, i)
 
     @tiny
@@ -96,11 +112,12 @@ def apart(dtype: type, write: Callable) -> Form:
         re, im = lanes.totals(cell[0]), lanes.totals(cell[1])
         return re[0] + re[1], im[0] + im[1]
 
-    return Form(lanes.BYTES // dtype(0).itemsize, get, put, fill, totals, *in_pairs())
+    return Form(lanes.BYTES // size, get, read, put, fill, totals, *in_pairs())
 
 
-def vectors(dtype: type, step: int, write: Callable = lanes.store) -> Form:
-    return interleaved(dtype, write) if step == 2 else apart(dtype, write)
+def vectors(dtype: type, step: int, write: Callable = lanes.store, ahead: int = 0) -> Form:
+    """Cells of 64 bytes, or twice 64; data are asked for ``ahead`` bytes before they are read."""
+    return interleaved(dtype, write, ahead) if step == 2 else apart(dtype, write, ahead)
 
 
 def in_pairs():
@@ -148,26 +165,26 @@ def formulas(form: Form):
     the gram matrix Σg, (Σg_re·u_re, Σg_im·u_im) and (Σg_re·u_im, Σg_im·u_re). A map is six cells:
     centre, D and O of A, the constant, D and O of P.
     """
-    _, get, put, _, _, add, sub, mul, swap = form
+    _, _, read, put, _, _, add, sub, mul, swap = form
 
     @tiny
     def moments(sums, at, i, centre):
-        u = sub(get(at[0], at[1], i), centre)
+        u = sub(read(at[0], at[1], i), centre)
         return add(sums[0], u), add(sums[1], mul(u, u)), add(sums[2], mul(u, swap(u)))
 
     @tiny
     def gram(sums, at, i, centre):
-        u, g = sub(get(at[0], at[1], i), centre), get(at[2], at[3], i)
+        u, g = sub(read(at[0], at[1], i), centre), read(at[2], at[3], i)
         return add(sums[0], g), add(sums[1], mul(g, u)), add(sums[2], mul(g, swap(u)))
 
     @tiny
     def forward(at, i, row):
-        u = sub(get(at[0], at[1], i), row[0])
+        u = sub(read(at[0], at[1], i), row[0])
         put(at[4], at[5], i, add(mul(row[1], u), add(mul(row[2], swap(u)), row[3])))
 
     @tiny
     def backward(at, i, row):
-        u, g = sub(get(at[0], at[1], i), row[0]), get(at[2], at[3], i)
+        u, g = sub(read(at[0], at[1], i), row[0]), read(at[2], at[3], i)
         through_covar = add(mul(row[4], u), add(mul(row[5], swap(u)), row[3]))
         put(at[4], at[5], i, add(mul(row[1], g), add(mul(row[2], swap(g)), through_covar)))
 

@@ -27,6 +27,7 @@ from cbn_lab.kernels.cpu.tools import (
 
 GROUPS = {MOMENTS: 4, GRAM: 4, FORWARD: 4, BACKWARD: 6}  # centre and sums, or the map
 ROWS = 256  # summed in the working precision before they go to float64
+AHEAD = 8192  # bytes: between several streams and a tile the processor's prefetching falls behind
 NARROW = 256  # channels: with fewer, a tile stays in the nearest cache while rows run by it
 
 
@@ -151,11 +152,12 @@ def all_rows(dtype, step, which):
 
     Two or four rows share a visit to the tile, four where it is large. They lie far apart: each
     then goes on where it was, as the processor's prefetching expects. Neighbouring ones took three
-    times as long, and so did more than eight streams of data at a time.
+    times as long. For the gram matrix, which reads two tensors, four are too many.
     """
-    whole = streamed = strip(cells.vectors(dtype, step), dtype, step, which)
+    whole = streamed = strip(cells.vectors(dtype, step, ahead=AHEAD), dtype, step, which)
     if which in (FORWARD, BACKWARD):
-        streamed = strip(cells.vectors(dtype, step, lanes.stream), dtype, step, which)
+        form = cells.vectors(dtype, step, lanes.stream, AHEAD)
+        streamed = strip(form, dtype, step, which)
     rest, at = strip(cells.single(dtype, dtype, step), dtype, step, which), places(dtype, step)
     few = which == GRAM
 

@@ -3,6 +3,7 @@
 import numba
 from llvmlite import ir
 from numba import carray, njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from cbn_lab.kernels.cpu import job as structure
@@ -109,6 +110,22 @@ def ahead(typing, base, count):
         return builder.gep(args[0], [args[1]], inbounds=True)
 
     return base(base, types.int64), generate
+
+
+@intrinsic
+def prefetch(typing, base, i):
+    """Ask for the cache line of number i, which need not exist, to be brought near."""
+
+    def generate(context, builder, signature, args):
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0i8")
+        where = builder.bitcast(builder.gep(args[0], [args[1]]), byte)
+        read, second_cache, data = (ir.Constant(number, k) for k in (0, 2, 1))
+        builder.call(function, [where, read, second_cache, data])
+        return context.get_dummy_value()
+
+    return types.void(base, types.int64), generate
 
 
 @plain
