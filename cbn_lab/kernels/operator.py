@@ -139,7 +139,7 @@ def start(parts: Parts, eps: float, engine: str) -> Any:
     if parts[0].numel() == 0:
         engine = "reference"
     try:
-        return load_engine(engine).Sweep(parts, eps)
+        return (_loaded.get(engine) or load_engine(engine)).Sweep(parts, eps)
     except ImportError as error:  # loops of one kind are on disk, those of another must be compiled
         give_up(engine, error)
         return reference.Sweep(parts, eps)
@@ -161,7 +161,7 @@ def sweep_forward(
     """The output, the statistics that it was made with, and the sweep."""
     sweep = start(widened(input, imag), eps, engine)
     y, mean, covar = sweep.forward(mean, covar, weight, bias)
-    return tuple([narrowed(part, input.dtype) for part in y]), mean, covar, sweep
+    return as_dtype(y, input.dtype), mean, covar, sweep
 
 
 def forward(
@@ -205,7 +205,7 @@ def sweep_backward(
     x, weight_grad, bias_grad = sweep.backward(
         widened(grad, grad_imag), mean, covar, weight, count, need_input
     )
-    x, x_imag = (*[narrowed(part, input.dtype) for part in x], None, None)[:2]
+    x, x_imag = (*as_dtype(x, input.dtype), None, None)[:2]
     dtypes = gradient_dtypes(weight)
     return x, x_imag, narrowed(weight_grad, dtypes[0]), narrowed(bias_grad, dtypes[1])
 
@@ -238,6 +238,12 @@ def wide(tensor: Tensor) -> Tensor:
     if tensor.dtype in WIDE:
         return tensor
     return tensor.to(torch.complex64 if tensor.is_complex() else torch.float32)
+
+
+def as_dtype(parts: Parts, dtype: torch.dtype) -> Parts:
+    if not parts or parts[0].dtype is dtype:
+        return parts
+    return tuple([part.to(dtype) for part in parts])
 
 
 def narrowed(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -414,5 +414,6 @@ def is_simple(tensor: Tensor, dtype: torch.dtype) -> bool:
 
 
 def can_be_written(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a loop may change it, where torch would."""
     plain = type(tensor) is Tensor and tensor.is_cpu and not tensor.is_inference()
     return plain and is_simple(tensor, dtype)
