@@ -253,7 +253,7 @@ class Sweep(reference.Sweep):
         if self.plan.room <= ROOM:
             _idle[self.plan] = self.work
             if len(_idle) > IDLE:
-                _idle.pop(next(iter(_idle), None), None)  # the one that has waited longest
+                _idle.pop(next(iter([*_idle]), None), None)  # the one that has waited longest
         del self.job, self.work
 
     def _make(self, name: str) -> tuple[Tensor, ...]:
