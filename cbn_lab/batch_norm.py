@@ -255,7 +255,7 @@ class NormBase(nn.Module):
         return output
 
     def state(self, name: str) -> Tensor | None:
-        """A parameter or buffer; an attribute is first looked for everywhere else, for long."""
+        """A parameter or buffer; as an attribute it would be looked for elsewhere first."""
         for kept in (self._parameters, self._buffers):
             if name in kept:
                 return kept[name]
@@ -263,15 +263,15 @@ class NormBase(nn.Module):
 
     def call(self, function: Any, input: Any, **more: Any) -> Any:
         """Call the functional form ``function`` with this module's state, in the right mode."""
-        tracks = self.track_running_stats
-        unused = self.training and not tracks
+        updates = self.training and self.track_running_stats
+        unused = self.training and not updates
         statistics = [None if unused else self.state(name) for name in self.initial_statistics]
         return function(
             input,
             *statistics,
             *[self.state(name) for name in self.initial_parameters],
             training=self.training or all([value is None for value in statistics]),
-            momentum=self.average_factor() if self.training and tracks else 0.0,
+            momentum=self.average_factor() if updates else 0.0,
             eps=self.eps,
             **more,
         )
@@ -280,6 +280,8 @@ class NormBase(nn.Module):
         """The weight of the batch at hand, which has not been counted yet."""
         if self.momentum is not None:
             return self.momentum
+        if self.num_batches_tracked is None:  # nothing to count with, as in torch
+            return 0.0
         return average_factor(None, self.num_batches_tracked + 1)
 
     def extra_repr(self) -> str:

@@ -26,7 +26,7 @@ def check_construction(num_features: int, dtype: torch.dtype | None) -> torch.dt
     return dtype
 
 
-def check_settings(eps: float, momentum: float | Tensor, training: bool) -> None:
+def check_settings(eps: float, momentum: float | Tensor | None, training: bool) -> None:
     if eps < 0 or (training and eps == 0):
         least = "more than 0 in training" if training else "0 or more"
         raise ValueError(f"expected eps to be {least}, got {eps}")
@@ -108,6 +108,18 @@ def check_shape(
         raise TypeError(f"expected {name} of a real floating-point type, got {tensor.dtype}")
     if tensor.shape != shape:
         raise ValueError(f"expected {name} of shape {shape}, got {tuple(tensor.shape)}")
+
+
+def check_counter(counter: Tensor | None) -> None:
+    if counter is None:
+        return
+    check_tensor(counter)
+    if counter.dtype in (torch.bool, torch.uint8) or counter.is_floating_point():
+        raise TypeError(f"expected num_batches_tracked to be of int64, got {counter.dtype}")
+    if counter.numel() != 1:
+        raise ValueError(
+            f"expected num_batches_tracked to be one number, got shape {tuple(counter.shape)}"
+        )
 
 
 def check_statistics_given(**statistics: Tensor | None) -> None:

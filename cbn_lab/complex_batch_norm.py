@@ -54,6 +54,7 @@ def complex_batch_norm(
     """
     parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
     checks.check_settings(eps, momentum, training)
+    checks.check_counter(num_batches_tracked)
     running, statistics = None, (running_mean, running_covar)
     if training:
         unbiased = bessel(checks.check_enough_values(parts[0]))
@@ -137,7 +138,7 @@ def naive_complex_batch_norm(
 
 
 class _ComplexNormBase(NormBase):
-    function = None  # the functional form that a subclass runs
+    function = None  # the functional form that a subclass runs, with the keywords of its base's
 
     def forward(
         self,

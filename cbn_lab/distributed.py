@@ -51,12 +51,13 @@ def sync_complex_batch_norm(
         return complex_batch_norm(*given, **mode, num_batches_tracked=num_batches_tracked)
     parts = check_arguments(*given, training)
     checks.check_settings(eps, momentum, training)
+    checks.check_counter(num_batches_tracked)
     imag = parts[1] if len(parts) == 2 else None
     y, y_imag, mean, covar, count = SyncWhiten.apply(
         parts[0], imag, weight, bias, eps, process_group
     )
-    given = running_mean, running_covar, num_batches_tracked
-    Running(*given, momentum, bessel(int(count))).update_(mean, covar)
+    state = running_mean, running_covar, num_batches_tracked
+    Running(*state, momentum, bessel(int(count))).update_(mean, covar)
     return y if imag is None else (y, y_imag)
 
 

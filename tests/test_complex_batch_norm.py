@@ -157,6 +157,11 @@ def test_without_a_counter_nothing_is_counted():
     bn.num_batches_tracked = None
     bn(oracle.correlated(9, 2) + 1)
     assert bn.running_mean.all()
+    for layer in (ComplexBatchNorm1d(2, momentum=None), nn.BatchNorm1d(2, momentum=None)):
+        layer.num_batches_tracked = None
+        z = oracle.correlated(9, 2) + 1
+        layer(z if isinstance(layer, ComplexBatchNorm1d) else z.real.float())
+        assert not layer.running_mean.any()
 
 
 @pytest.mark.parametrize("state", [(None, None), (torch.zeros(2, 2), torch.ones(2, 3))])

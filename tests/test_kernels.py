@@ -242,8 +242,9 @@ def test_two_calls_at_a_time_have_scratch_memory_of_their_own():
     used = {sweep.job.partial for sweep in sweeps}
     assert len(used) == 2
     y, *statistics = sweeps[1].forward(None, None, None, None)
+    work = sweeps[1].work
     sweeps[1].finish(None, *statistics)
-    assert cpu_engine.Sweep((z,), 1e-5).job.partial in used  # and it is used again
+    assert cpu_engine.Sweep((z,), 1e-5).work is work  # and it is used again
     assert torch.equal(y[0], F.complex_batch_norm(z, None, None, training=True))
 
 
@@ -326,11 +327,12 @@ def test_overlapping_frames_are_told_apart():
 
 
 def test_values_whose_squares_float32_cannot_hold():
-    z, g = oracle.correlated(6, 3, 5, 5), torch.randn(6, 3, 5, 5, dtype=torch.cfloat)
+    z, g = oracle.correlated(6, 3, 5, 5) + 1, torch.randn(6, 3, 5, 5, dtype=torch.cfloat)
     weight, bias = torch.randn(3, 3), torch.randn(3, 2)
-    for scale in (1e15, 1e17, 1e19, 1e22):
-        found = step(scale * z, g, weight, bias)
-        expected = step(scale * z, g, weight, bias, engine="reference")
+    for scale in (1e15, 1e17, 1e19, 1e22, 1e38, 1e39, 1e60):
+        values = scale * z if scale < 1e30 else scale * z.to(torch.complex128)
+        found = step(values, g.to(values.dtype), weight, bias)
+        expected = step(values, g.to(values.dtype), weight, bias, engine="reference")
         assert all(t.isfinite().all() for t in found)
         close(found, expected, 1e-5)
 
@@ -709,6 +711,36 @@ def test_running_statistics_of_a_tensor_subclass_are_moved(engine):
     z = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1
     F.complex_batch_norm(z, mean, covar, training=True, engine=engine)
     assert mean.a.all() and mean.b.all() and covar.a[:, :2].all()
+
+
+@pytest.mark.parametrize("run", ["eager", "operator", "torch.func"])
+def test_a_step_leaves_its_workspaces_to_the_next(run, monkeypatch):
+    z = oracle.correlated(4, 3, 5, 5, dtype=torch.complex64)
+
+    def forward(z):
+        if run == "operator":
+            args = z, None, None, None, None, None, 1e-5, "numba"
+            return torch.ops.cbn_lab.complex_batch_norm(*args)[0]
+        return F.complex_batch_norm(z, None, None, training=True)
+
+    def backward():
+        if run == "torch.func":
+            return torch.func.grad(lambda z: forward(z).real.sum())(z)
+        forward(z.clone().requires_grad_()).real.sum().backward()
+
+    backward()
+    new, made = [], cpu_engine.Workspace
+    monkeypatch.setattr(cpu_engine, "Workspace", lambda *args: new.append(args) or made(*args))
+    backward()
+    assert not new
+
+
+@pytest.mark.parametrize("bad", [torch.tensor([0, 0, 0]), torch.tensor(True), torch.tensor(0.0), 3])
+def test_a_counter_that_cannot_count_is_named(bad):
+    z, mean = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1, torch.zeros(3, 2)
+    with pytest.raises((TypeError, ValueError), match="expected"):
+        F.complex_batch_norm(z, mean, None, training=True, num_batches_tracked=bad)
+    assert not mean.any()
 
 
 @pytest.mark.parametrize("kind", [torch.int64, torch.int32])

@@ -1,8 +1,8 @@
 """One operator, ``torch.ops.cbn_lab.complex_batch_norm``, whichever engine does the work.
 
 Forward and backward are functional custom operators: they mutate nothing and return the batch's
-statistics, and :func:`whiten` moves the running ones. In eager mode :class:`Whiten` runs the same
-code without the dispatcher, which would cost more than the arithmetic of a small layer.
+statistics, and :func:`whiten` moves the running ones. In eager mode :class:`WhitenAtOnce` runs the
+same code without the dispatcher, which would cost more than the arithmetic of a small layer.
 """
 
 import os
@@ -175,7 +175,8 @@ def forward(
     engine: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     args = input, imag, *kept(mean, covar), weight, bias, eps, engine
-    y, mean, covar, _ = sweep_forward(*args)
+    y, mean, covar, sweep = sweep_forward(*args)
+    sweep.finish(None, mean, covar)
     return y[0], y[1] if imag is not None else input.new_empty(0), mean, covar
 
 
@@ -314,7 +315,7 @@ class Whiten(torch.autograd.Function):
 
 
 class WhitenAtOnce(torch.autograd.Function):
-    """The same without what ``torch.func`` needs; it also moves the running statistics.
+    """The same without what ``torch.func`` needs; the sweep is left to its caller.
 
     Where there is a ``setup_context``, torch binds the arguments to their names at every call,
     which takes as long as the arithmetic of a small layer.

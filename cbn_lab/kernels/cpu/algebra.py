@@ -26,10 +26,17 @@ moved = plain(running_stats.moved)
 def is_wide(rr, ii, ri, eps):
     """Whether float32 would lose more than two digits to cancellation: correlation above 0.995.
 
-    Or be short of exponents, as its square is from 1e19 on. The comparisons are false for NaN.
+    Or be short of exponents, as its square is from 1e19 on; that may have shown as inf or NaN.
     """
     product = (rr + eps) * (ii + eps)
     return not (rr + ii < 1e30 and product - ri * ri >= 0.01 * product)
+
+
+@plain
+def rounded(value):
+    """To float32, if it has the value."""
+    near = float(np.float32(value))
+    return near if math.isfinite(near) else value
 
 
 @plain
@@ -107,7 +114,7 @@ def map_forward(pointer_to_job):
         wide[c] = 1.0 if is_wide(rr, ii, ri, job.eps) else 0.0
         k_re, k_im = m_re, m_im
         if wide[c] == 0.0:
-            k_re, k_im = float(np.float32(k_re)), float(np.float32(k_im))
+            k_re, k_im = rounded(k_re), rounded(k_im)
         a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
         a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
         d_re, d_im = m_re - k_re, m_im - k_im
@@ -160,7 +167,7 @@ def shift_to_mean(pointer_to_job):
         wide[c] = 1.0 if is_wide(covar[3 * c], covar[3 * c + 1], covar[3 * c + 2], job.eps) else 0.0
         for k in range(2):
             at = mean[2 * c + k]
-            shift[k, c] = float(np.float32(at)) if wide[c] == 0.0 else at
+            shift[k, c] = rounded(at) if wide[c] == 0.0 else at
 
 
 def map_backward(pointer_to_job):
@@ -185,9 +192,8 @@ def map_backward(pointer_to_job):
         set_number(to, 3 * c + 1, single, g_ir * r_ri + g_ii * r_ii)
         both = g_rr * r_ri + g_ri * r_ii + g_ir * r_rr + g_ii * r_ri
         set_number(to, 3 * c + 2, single, both)
-        if job.bias_grad != 0:
-            set_number(job.bias_grad, 2 * c, single, total[2 * c])
-            set_number(job.bias_grad, 2 * c + 1, single, total[2 * c + 1])
+        set_number(job.bias_grad, 2 * c, single, total[2 * c])
+        set_number(job.bias_grad, 2 * c + 1, single, total[2 * c + 1])
         a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
         a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
         p_rr = p_ii = p_ri = c_re = c_im = 0.0

@@ -68,7 +68,7 @@ def first_guess(block):
         for c in range(job.channels):
             wide[c] = 0.0
             for k in range(2):
-                shift[k, c] = float(np.float32(shift[k, c]))
+                shift[k, c] = algebra.rounded(shift[k, c])
 
     return loop
 

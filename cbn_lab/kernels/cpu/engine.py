@@ -9,6 +9,7 @@ Results do not depend on the number of threads: the work is cut the same way for
 
 import ctypes
 import functools
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -29,8 +30,8 @@ SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
 TASK_ROWS = 512  # a task costs something by itself, which grows with the channels as its rows do
 FEW_TASKS = 8  # that many there may be all the same, or few rows would be left to one thread
 LINE = 64  # bytes, of a cache line and of a vector
-ROOM, IDLE = 1 << 16, 64  # bytes of scratch memory kept for the next call, and how many times
-_idle: dict["Plan", "Workspace"] = {}
+ROOM, IDLE = 1 << 16, 64  # bytes of scratch memory kept for the next call, and for how many plans
+_idle: OrderedDict["Plan", "Workspace"] = OrderedDict()
 JOB_BYTES = ctypes.sizeof(Job)
 
 
@@ -183,7 +184,7 @@ def forget() -> None:
 
 
 class Workspace(NamedTuple):
-    """A job and its scratch memory; another call gets them once one is done with them."""
+    """A job and its scratch memory; another call gets them once this one is done."""
 
     job: Job
     address: int
@@ -230,8 +231,8 @@ class Sweep(reference.Sweep):
         """The address of a small tensor, which is copied if it is not contiguous float64."""
         if tensor is None:
             return 0
-        if not is_simple(tensor, torch.float32 if single else torch.float64):
-            dtype = torch.float32 if single else torch.float64
+        dtype = torch.float32 if single else torch.float64
+        if not is_simple(tensor, dtype):
             tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
             self.keep.append(tensor)
         return tensor.data_ptr()
@@ -252,8 +253,8 @@ class Sweep(reference.Sweep):
         """Leave the workspace to others; not if something was raised before."""
         if self.plan.room <= ROOM:
             _idle[self.plan] = self.work
-            if len(_idle) > IDLE:
-                _idle.pop(next(iter([*_idle]), None), None)  # the one that has waited longest
+            while len(_idle) > IDLE:
+                _idle.popitem(last=False)  # the one that has waited longest
         del self.job, self.work
 
     def _make(self, name: str) -> tuple[Tensor, ...]:
@@ -293,12 +294,13 @@ class Sweep(reference.Sweep):
         return self._finished(out), mean, covar
 
     def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
-        if running is not None and not self._moved(*running):
+        if running is not None and not self._moved(running):
             super().finish(running, mean, covar)
         self._done()
 
-    def _moved(self, mean, covar, batches, factor, unbiased) -> bool:
+    def _moved(self, running: Running) -> bool:
         """Move the running statistics, if they are such that a loop can do it."""
+        mean, covar, batches, factor, unbiased = running
         one = covar if mean is None else mean
         single = one is not None and one.dtype is torch.float32
         real, given = torch.float32 if single else torch.float64, []

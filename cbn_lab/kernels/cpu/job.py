@@ -39,7 +39,7 @@ INTEGERS = (
     "total",  # (C, 2): Σ g
     "product",  # (C, 4): Σ g·(x − μ)ᵀ
     "weight_grad",  # (C, 3)
-    "bias_grad",  # (C, 2), or 0: it is total, in another precision
+    "bias_grad",  # (C, 2)
     "running_mean",  # (C, 2) or 0
     "running_covar",  # (C, 3) or 0
     "batches",  # int64: how many there were; or 0

@@ -10,7 +10,8 @@ STRETCH = 1024  # values summed in the working precision before they go to float
 
 
 def summing(form, which):
-    """Summing in cells, ``sums``, that are added to ``six`` numbers when they have ``held`` enough.
+    """Summing in cells, ``sums``, that are added to ``six`` numbers when ``held`` values,
+    always whole cells, are enough.
 
     They are carried from sample to sample: to add up a vector takes as long as a plane of 8×8.
     """
