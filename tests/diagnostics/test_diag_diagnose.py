@@ -244,7 +244,8 @@ def test_batches_of_many_lengths_are_no_leak(channels):
         bn(z).abs().square().mean().backward()
         bn.zero_grad(set_to_none=True)
 
-    assert cbn_lab.diagnose(step, bn).verdict == "clean"
+    # In a fresh process the first steps add a few kilobytes of their own, once.
+    assert cbn_lab.diagnose(step, bn, steps=40).verdict == "clean"
 
 
 def test_growth_that_is_no_tensor_is_given_in_bytes():
