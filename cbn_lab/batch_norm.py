@@ -250,9 +250,14 @@ class NormBase(nn.Module):
     def run(self, function: Any, input: Any) -> Any:
         """:meth:`call`; the batch is counted only once that has succeeded."""
         output = self.call(function, input)
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
+        if self.updates and self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         return output
+
+    @property
+    def updates(self) -> bool:
+        """Whether a call moves the running statistics, and counts."""
+        return self.training and self.track_running_stats
 
     def state(self, name: str) -> Tensor | None:
         """A parameter or buffer; as an attribute it would be looked for elsewhere first."""
@@ -263,7 +268,7 @@ class NormBase(nn.Module):
 
     def call(self, function: Any, input: Any, **more: Any) -> Any:
         """Call the functional form ``function`` with this module's state, in the right mode."""
-        updates = self.training and self.track_running_stats
+        updates = self.updates
         unused = self.training and not updates
         statistics = [None if unused else self.state(name) for name in self.initial_statistics]
         return function(

@@ -115,7 +115,7 @@ def check_counter(counter: Tensor | None) -> None:
         return
     check_tensor(counter)
     if counter.dtype in (torch.bool, torch.uint8) or counter.is_floating_point():
-        raise TypeError(f"expected num_batches_tracked to be of int64, got {counter.dtype}")
+        raise TypeError(f"expected num_batches_tracked to be an integer, got {counter.dtype}")
     if counter.numel() != 1:
         raise ValueError(
             f"expected num_batches_tracked to be one number, got shape {tuple(counter.shape)}"

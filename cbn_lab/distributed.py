@@ -100,7 +100,7 @@ class SyncWhiten(torch.autograd.Function):
         empty = (parts[0].real.new_zeros(c, k, dtype=torch.float64) for k in (2, 3))
         mean, covar = sweep.moments() if count else empty
         mean, covar, total = reduced_moments(mean, covar, count, group)
-        y = [part.to(input.dtype) for part in sweep.apply(mean, covar, weight, bias)]
+        y = operator.as_dtype(sweep.apply(mean, covar, weight, bias), input.dtype)
         sweep.finish(None, mean, covar)
         ctx.save_for_backward(input, imag, weight, mean, covar)
         ctx.eps, ctx.group, ctx.total = eps, group, total
@@ -126,7 +126,7 @@ class SyncWhiten(torch.autograd.Function):
             dist.all_reduce(sums, group=ctx.group)
             total, product = sums[:, :2].contiguous(), sums[:, 2:].unflatten(1, (2, 2))
             x, *_ = sweep.apply_backward(weight, total, product.contiguous(), ctx.total, True)
-            x = (*(part.to(input.dtype) for part in x), None)
+            x = (*operator.as_dtype(x, input.dtype), None)
         return (
             x[0],
             x[1],

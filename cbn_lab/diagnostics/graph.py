@@ -147,7 +147,7 @@ class Graph:
 
     def add(self, thing: Tensor | Node) -> int:
         """Walk from a node, or from the ``grad_fn`` of a tensor with history; its number."""
-        with _untorched(), _gc_paused():
+        with _untorched(), collection_paused():
             root = thing.grad_fn if isinstance(thing, Tensor) else thing
             if root not in self.numbers:
                 first = len(self.numbers)
@@ -270,7 +270,7 @@ class _Keeper:
         found = [] if root in self.nodes else [root]
         self._roots[root] = None
         self.nodes[root] = None
-        with _gc_paused():
+        with collection_paused():
             for node in found:  # grows while it is gone through
                 for successor, _ in node.next_functions:
                     if successor is not None and successor not in self.nodes:
@@ -339,8 +339,8 @@ keeper = _Keeper()
 
 
 @contextlib.contextmanager
-def _gc_paused() -> Iterator[None]:
-    """A walk makes millions of containers and no garbage: collections in between only cost."""
+def collection_paused() -> Iterator[None]:
+    """No garbage is collected meanwhile: a walk makes millions of containers, and none of it."""
     enabled = gc.isenabled()
     gc.disable()
     try:

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import gc
 import html
 import importlib
 import inspect
@@ -15,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cbn_lab.diagnostics.graph import collection_paused
 from cbn_lab.exercises import checks
 
 KIT = str(Path(__file__).parents[1])
@@ -108,6 +108,8 @@ def check(name: str, answer: Any) -> Outcome:
         raise ValueError(f"expected one of {', '.join(names())}, got {name!r}")
     _before.get(name, lambda: None)()
     try:
+        # A finalizer of whatever was garbage before would run out of stack where the learner's code
+        # recurses without end, and would say so in the midst of the page.
         with collection_paused(), time_limit(SECONDS):
             praise = _checks[name](_begun(answer))
     except StillToDo:
@@ -151,22 +153,6 @@ def _describe(error: Exception) -> str:
     where = f" in your line: {own[-1].line}" if own and own[-1].line else ""
     text = str(error).splitlines()[0] if str(error) else ""
     return f"Your code raised {type(error).__name__}{where}\n{text}"
-
-
-@contextlib.contextmanager
-def collection_paused() -> Iterator[None]:
-    """No garbage is collected meanwhile.
-
-    A finalizer of whatever was garbage before would run out of stack where the learner's code
-    recurses without end, and would say so in the midst of the page.
-    """
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 @contextlib.contextmanager
