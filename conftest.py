@@ -1,16 +1,20 @@
 """How the whole suite shares two cores: ``start.py test`` runs it as ``pytest -n 2``.
 
-Files are handed to pytest-xdist's workers one by one. Without workers this file only sets an
-environment variable.
+Files are handed to pytest-xdist's workers one by one. Without workers this file only sets
+environment variables.
 """
 
 import os
+import shutil
 
 import pytest
 
 # Before torch is imported, here or in a notebook's kernel: its threads are not to spin on a core
 # that another process could use.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if not shutil.which("nvidia-smi"):
+    # Before Triton is imported: without a GPU its kernels run as Python, where they are asked for.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # The first compiles the CPU loops, which JupyterLab would compile a second time if it did not find
 # them on the disk; then the long ones.

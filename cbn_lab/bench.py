@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +98,7 @@ def run_shape(shape: tuple[int, ...], threads: int, args: argparse.Namespace) ->
         candidate.saved = saved_bytes(partial(candidate.forward, *candidate.inputs))
     for _ in range(math.ceil(rounds / IN_A_ROW) + 1):
         for candidate in found:
-            for _ in range(IN_A_ROW):
-                time_step(candidate, args.device)
+            time_steps(candidate, args.device)
             time_evaluation(candidate, args.device)
     for candidate in found:  # the first round compiles and warms up
         for times in (candidate.forward_s, candidate.step_s, candidate.eval_s):
@@ -249,51 +249,60 @@ def check_against_each_other(found: list[Candidate]) -> None:
 # --- measuring -------------------------------------------------------------------------------
 
 
-def now(device: str) -> float:
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
+class Clock:
+    """Marks in time: read at once, or on CUDA left in the queue and read when all is done.
+
+    There the steps follow each other without a gap, as in training: while the device works on one,
+    Python is at the next.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.cuda = device == "cuda"
+        if self.cuda:
+            torch.cuda.synchronize()
+
+    def mark(self) -> Any:
+        if not self.cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def seconds(self, start: Any, end: Any) -> float:
+        if not self.cuda:
+            return end - start
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
 
 
-def time_step(candidate: Candidate, device: str) -> None:
-    for leaf in candidate.inputs:
-        leaf.grad = None
-    if device == "cuda":
-        forward, step = time_by_events(candidate)
-    else:
-        start = time.perf_counter()
+def time_steps(candidate: Candidate, device: str) -> None:
+    clock, marks = Clock(device), []
+    for _ in range(IN_A_ROW):
+        for leaf in candidate.inputs:
+            leaf.grad = None
+        start = clock.mark()
         out = candidate.forward(*candidate.inputs)
-        middle = time.perf_counter()
+        middle = clock.mark()
         torch.autograd.backward(out, candidate.grads)
-        forward, step = middle - start, time.perf_counter() - start
+        marks.append((start, middle, clock.mark()))
         del out
-    candidate.forward_s.append(forward)
-    candidate.step_s.append(step)
+    candidate.forward_s += [clock.seconds(start, middle) for start, middle, _ in marks]
+    candidate.step_s += [clock.seconds(start, end) for start, _, end in marks]
 
 
 def time_evaluation(candidate: Candidate, device: str) -> None:
     for layer in candidate.layers:
         layer.eval()
+    clock, marks = Clock(device), []
     with torch.no_grad():
         for _ in range(IN_A_ROW if candidate.layers else 0):
-            start = now(device)
+            start = clock.mark()
             out = candidate.forward(*candidate.inputs)
-            candidate.eval_s.append(now(device) - start)
+            marks.append((start, clock.mark()))
             del out
+    candidate.eval_s += [clock.seconds(*pair) for pair in marks]
     for layer in candidate.layers:
         layer.train()
-
-
-def time_by_events(candidate: Candidate) -> tuple[float, float]:
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(3)]
-    torch.cuda.synchronize()
-    marks[0].record()
-    out = candidate.forward(*candidate.inputs)
-    marks[1].record()
-    torch.autograd.backward(out, candidate.grads)
-    marks[2].record()
-    torch.cuda.synchronize()
-    return marks[0].elapsed_time(marks[1]) / 1e3, marks[0].elapsed_time(marks[2]) / 1e3
 
 
 def row(c: Candidate, stock: Candidate, label: str, threads: int, element: int) -> dict:
@@ -315,11 +324,12 @@ def bound(label: str, threads: int, stock: Candidate, element: int, device: str)
     """Eight sweeps (forward two reads and a write, backward four and a write) at copy speed."""
     source = torch.zeros(element // 4, device=device)
     target = torch.zeros_like(source)
-    times = []
+    clock, marks = Clock(device), []
     for _ in range(8):
-        start = now(device)
+        start = clock.mark()
         target.copy_(source)
-        times.append(now(device) - start)
+        marks.append((start, clock.mark()))
+    times = [clock.seconds(*pair) for pair in marks]
     step = [4 * t for t in times]  # a copy is two sweeps
     known = Candidate("memory-traffic bound", lambda: (), (), (), True, [math.nan], step)
     return row(known, stock, label, threads, element) | {"saved_to_input": 1.0}

@@ -4,7 +4,7 @@
 line of its Python assigns ``running_mean``.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,7 +31,7 @@ def bessel(count: int) -> float:
     return count / (count - 1)
 
 
-def moved(running: Any, batch: Any, factor: Any) -> Any:
+def moved(running, batch, factor):
     """The rule itself, for tensors and, in the compiled kernels, for single numbers."""
     return (1 - factor) * running + factor * batch
 

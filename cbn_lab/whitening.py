@@ -4,20 +4,17 @@ A covariance of real and imaginary part is kept as three numbers (rr, ii, ri), a
 matrix as three or as four. All of it is a few numbers per channel and costs nothing in float64,
 which is what keeps strongly correlated parts finite.
 
-:func:`roots`, :func:`inverse_root` and :func:`congruence` are plain arithmetic and take whatever
-has ``+ - * /``: tensors here, single numbers in the compiled kernels. ``sqrt`` comes from the
-caller.
+The first functions are plain arithmetic and take whatever has ``+ - * /``: tensors here, single
+numbers in the loops that numba compiles, vectors of channels in Triton's kernels. These two read
+their source, so they have no annotations and call nothing; ``sqrt`` comes from the caller.
 """
-
-from collections.abc import Callable
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 
-def roots(rr: Any, ii: Any, ri: Any, eps: Any, sqrt: Callable) -> tuple[Any, Any]:
+def roots(rr, ii, ri, eps, sqrt):
     """s = √det and t = √(trace + 2s) of V + eps·I.
 
     They are the determinant and the trace of its square root S = (V + (eps + s)·I)/t.
@@ -30,19 +27,37 @@ def roots(rr: Any, ii: Any, ri: Any, eps: Any, sqrt: Callable) -> tuple[Any, Any
     return s, sqrt(rr + ii + 2 * eps + 2 * s)
 
 
-def inverse_root(rr: Any, ii: Any, ri: Any, eps: Any, s: Any, t: Any) -> tuple[Any, Any, Any]:
+def inverse_root(rr, ii, ri, eps, s, t):
     """R = (V + eps·I)^(−1/2) as rr, ii, ri, from s and t of :func:`roots`."""
     return (ii + eps + s) / (s * t), (rr + eps + s) / (s * t), -ri / (s * t)
 
 
-def congruence(
-    m_rr: Any, m_ii: Any, m_ri: Any, x_rr: Any, x_ii: Any, x_ri: Any
-) -> tuple[Any, Any, Any]:
+def congruence(m_rr, m_ii, m_ri, x_rr, x_ii, x_ri):
     """M·X·M of two symmetric matrices, which is symmetric too."""
     rr = m_rr * m_rr * x_rr + 2 * m_rr * m_ri * x_ri + m_ri * m_ri * x_ii
     ii = m_ri * m_ri * x_rr + 2 * m_ri * m_ii * x_ri + m_ii * m_ii * x_ii
     ri = m_ri * (m_rr * x_rr + m_ii * x_ii) + (m_rr * m_ii + m_ri * m_ri) * x_ri
     return rr, ii, ri
+
+
+def matmul(m_rr, m_ii, m_ri, x_rr, x_ri, x_ir, x_ii):
+    """M·X as rr, ri, ir, ii; M is symmetric."""
+    rr, ri = m_rr * x_rr + m_ri * x_ir, m_rr * x_ri + m_ri * x_ii
+    return rr, ri, m_ri * x_rr + m_ii * x_ir, m_ri * x_ri + m_ii * x_ii
+
+
+def adjoint(w, rwr, s, t):
+    """V̄ from W = R·R̄·R and R·W·R, all of it or one number: see whitening_matrix_adjoint."""
+    return -(w + s * rwr) / (2 * t)
+
+
+def is_wide(rr, ii, ri, eps):
+    """Whether float32 would lose more than two digits to cancellation: correlation above 0.995.
+
+    Or be short of exponents, as its square is from 1e19 on; that may have shown as inf or NaN.
+    """
+    both = (rr + eps) * (ii + eps)
+    return ((rr + ii < 1e30) & (both - ri * ri >= 0.01 * both)) == 0
 
 
 def whitening_matrix(covar: Float[Tensor, "*C 3"], eps: float) -> Float[Tensor, "*C 2 2"]:
@@ -84,7 +99,7 @@ def whitening_matrix_adjoint(
     s, t = (value[..., None, None] for value in roots(*covar.unbind(-1), eps, torch.sqrt))
     r = whitening_matrix(covar, eps)
     w = r @ grad @ r
-    return -(w + s * (r @ w @ r)) / (2 * t)
+    return adjoint(w, r @ w @ r, s, t)
 
 
 def symmetric(values: Float[Tensor, "*C 3"]) -> Float[Tensor, "*C 2 2"]:

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from hypothesis import strategies as st
 from torch import Tensor
 
 
@@ -60,3 +61,40 @@ def correlated(
     """Complex noise whose imaginary part is ``slope`` times the real one, plus its own noise."""
     re, im = torch.randn(2, *shape, dtype=torch.float64)
     return (scale * torch.complex(re, slope * re + 0.3 * im + 0.1)).to(dtype)
+
+
+@st.composite
+def batches(draw):
+    """A complex input in some memory layout, contiguous or not."""
+    n, c = draw(st.integers(1, 6)), draw(st.integers(1, 5))
+    spatial = draw(st.lists(st.integers(1, 9), max_size=3))
+    if n * torch.Size(spatial).numel() < 2:
+        n += 1
+    dtype = draw(st.sampled_from([torch.complex64, torch.complex128]))
+    shape, kind = (
+        (n, c, *spatial),
+        draw(st.sampled_from(["plain", "permuted", "sliced", "expanded"])),
+    )
+    torch.manual_seed(draw(st.integers(0, 2**16)))
+    if kind == "permuted":
+        order = draw(st.permutations(range(len(shape))))
+        z = correlated(*(shape[d] for d in order), dtype=dtype)
+        z = z.permute([order.index(d) for d in range(len(shape))])
+    elif kind == "sliced":
+        z = correlated(*(s + 2 for s in shape), dtype=dtype)[
+            tuple(slice(1, -1) for _ in shape)
+        ]
+    elif kind == "expanded":
+        z = correlated(n, c, *([1] * len(spatial)), dtype=dtype).expand(shape)
+    else:
+        z = correlated(*shape, dtype=dtype)
+    return z.conj() if draw(st.booleans()) else z
+
+
+RUNNING = {  # statistics in many forms
+    "float32": lambda t: t.float(),
+    "float64": lambda t: t.double(),
+    "bfloat16": lambda t: t.bfloat16(),
+    "columns apart": lambda t: torch.stack([t, t], -1)[..., 0].float(),
+    "negative view": lambda t: torch._neg_view(-t.float()),
+}

@@ -45,39 +45,11 @@ def close(found, expected, tolerance):
 # --- every layout, dtype and option against float64 -------------------------------------------
 
 
-@st.composite
-def batches(draw):
-    """A complex input in some memory layout, contiguous or not."""
-    n, c = draw(st.integers(1, 6)), draw(st.integers(1, 5))
-    spatial = draw(st.lists(st.integers(1, 9), max_size=3))
-    if n * torch.Size(spatial).numel() < 2:
-        n += 1
-    dtype = draw(st.sampled_from([torch.complex64, torch.complex128]))
-    shape, kind = (
-        (n, c, *spatial),
-        draw(st.sampled_from(["plain", "permuted", "sliced", "expanded"])),
-    )
-    torch.manual_seed(draw(st.integers(0, 2**16)))
-    if kind == "permuted":
-        order = draw(st.permutations(range(len(shape))))
-        z = oracle.correlated(*(shape[d] for d in order), dtype=dtype)
-        z = z.permute([order.index(d) for d in range(len(shape))])
-    elif kind == "sliced":
-        z = oracle.correlated(*(s + 2 for s in shape), dtype=dtype)[
-            tuple(slice(1, -1) for _ in shape)
-        ]
-    elif kind == "expanded":
-        z = oracle.correlated(n, c, *([1] * len(spatial)), dtype=dtype).expand(shape)
-    else:
-        z = oracle.correlated(*shape, dtype=dtype)
-    return z.conj() if draw(st.booleans()) else z
-
-
 @settings(
     max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(
-    z=batches(),
+    z=oracle.batches(),
     affine=st.booleans(),
     pair=st.booleans(),
     eps=st.sampled_from([1e-5, 1e-2, 1.0]),
@@ -492,13 +464,13 @@ def test_statistics_stay_in_full_precision_under_autocast():
 # --- choice of engine ---------------------------------------------------------------------
 
 
-def test_engines_that_do_not_fit_are_named():
+def test_engines_that_do_not_fit_are_named(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     z = oracle.correlated(4, 2)
     with pytest.raises(ValueError, match="auto, reference, numba, triton.*'fast'"):
         F.complex_batch_norm(z, None, None, training=True, engine="fast")
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        with pytest.raises(ValueError, match="on cuda for engine='triton', got cpu"):
-            F.complex_batch_norm(z, None, None, training=True, engine="triton")
+    with pytest.raises(ValueError, match="on cuda for engine='triton', got cpu"):
+        F.complex_batch_norm(z, None, None, training=True, engine="triton")
 
 
 def test_forward_mode_never_loses_its_tangent_in_silence():
@@ -575,51 +547,6 @@ def test_damaged_cache_is_compiled_again(tmp_path):
             native._unpack(bad, ["loop"])
 
 
-def test_triton_kernels_in_the_interpreter():
-    pytest.importorskip("triton", reason="torch's CPU builds come without Triton")
-    out = run_script(
-        """
-        import numpy, oracle, torch
-        from triton.runtime import interpreter
-        from cbn_lab.kernels import operator
-        patch = interpreter._patch_lang_tensor
-        def patched(tensor, *scope):
-            # Triton's interpreter (of 3.2, which torch 2.6 brings) makes the ends of a loop ints
-            # with int(), which NumPy 2.4 refuses for an array of one number.
-            patch(tensor, *scope)
-            tensor.__index__ = lambda self: numpy.asarray(self.handle.data).item()
-        interpreter._patch_lang_tensor = patched
-        assert operator.load_engine("triton").__name__ == "cbn_lab.kernels.cuda"  # no stand-in
-        torch.manual_seed(0)
-        re = 3000 * torch.randn(4, 2, 8, 8)
-        inputs = [oracle.correlated(4, 3, 5, 6), oracle.correlated(40, 37) + 1e3,
-                  oracle.correlated(4, 3, 5, 6).to(memory_format=torch.channels_last),
-                  oracle.correlated(4, 3, 5, 6)[:, :, ::2], torch.complex(re, 0.7 * re),
-                  oracle.correlated(4, 3, 5, dtype=torch.complex128)]
-        for z in inputs:
-            g, w, b = torch.randn_like(z), torch.randn(z.shape[1], 3), torch.randn(z.shape[1], 2)
-            for pair in (False, True):
-                x = (z.real.clone(), z.imag.clone()) if pair else (z, None)
-                d = (g.real.clone(), g.imag.clone()) if pair else (g, None)
-                for training in (True, False):
-                    results = []
-                    for engine in ("triton", "reference"):
-                        given = (None, None) if training else results_[2:4]
-                        y = operator.forward(*x, *given, w, b, 1e-5, engine)
-                        results_ = y
-                        results.append(y + operator.backward(
-                            *x, *d, y[2], y[3], w, 1e-5, training, True, engine))
-                    for a, e in zip(*results):
-                        if e.numel():
-                            assert a.dtype == e.dtype and a.shape == e.shape
-                            assert (a - e).abs().max() <= 1e-4 * e.abs().max(), (z.shape, pair)
-        print("same")
-        """,
-        TRITON_INTERPRET="1",
-    )
-    assert out.strip() == "same"
-
-
 @pytest.mark.parametrize("where", ["statistics", "weight"])
 def test_state_on_another_device_is_named_and_never_read(where):
     bn = ComplexBatchNorm2d(3)
@@ -644,24 +571,15 @@ def test_a_default_device_does_not_move_the_engines_own_memory():
 
 # --- running statistics -----------------------------------------------------------------------
 
-RUNNING = {
-    "float32": lambda t: t.float(),
-    "float64": lambda t: t.double(),
-    "bfloat16": lambda t: t.bfloat16(),
-    "columns apart": lambda t: torch.stack([t, t], -1)[..., 0].float(),
-    "negative view": lambda t: torch._neg_view(-t.float()),
-}
-
-
 @pytest.mark.parametrize("factor", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
 @pytest.mark.parametrize("gone", [None, 0, 1])
-@pytest.mark.parametrize("kind", RUNNING)
+@pytest.mark.parametrize("kind", oracle.RUNNING)
 def test_the_engine_moves_the_running_statistics_by_the_rule(kind, gone, factor):
     z = oracle.correlated(6, 3, 5, dtype=torch.complex64) + 1
     start = torch.randn(3, 2).double(), torch.rand(3, 3).double()
     found = {}
     for engine in ("reference", "numba"):
-        running = [None if k == gone else RUNNING[kind](t.clone()) for k, t in enumerate(start)]
+        running = [None if k == gone else oracle.RUNNING[kind](t.clone()) for k, t in enumerate(start)]
         places = [t if t is None else (t.data_ptr(), t._version) for t in running]
         for _ in range(2):
             F.complex_batch_norm(z, *running, training=True, momentum=factor, engine=engine)
@@ -673,11 +591,11 @@ def test_the_engine_moves_the_running_statistics_by_the_rule(kind, gone, factor)
         torch.testing.assert_close(mine, expected)
 
 
-@pytest.mark.parametrize("kind", RUNNING)
+@pytest.mark.parametrize("kind", oracle.RUNNING)
 def test_given_statistics_may_have_any_real_type_and_stride(kind):
     z = oracle.correlated(6, 3, 5, dtype=torch.complex64)
     mean, covar = torch.randn(3, 2), torch.tensor([[2.0, 1.0, 0.5]]).repeat(3, 1)
-    running = RUNNING[kind](mean), RUNNING[kind](covar)
+    running = oracle.RUNNING[kind](mean), oracle.RUNNING[kind](covar)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
             outputs = [

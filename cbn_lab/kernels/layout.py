@@ -4,6 +4,7 @@ A sweep does not care in which order it meets a channel's values, so the spatial
 stand in any order; what counts is whether they can be walked as one.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -105,6 +106,36 @@ def in_step(tensor: Tensor, model: Tensor) -> Tensor:
 
 def outputs_like(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple([torch.empty_like(parts[0]) for _ in parts])
+
+
+def put_back(
+    out: tuple[Tensor, ...], like: tuple[Tensor, ...] | None
+) -> tuple[Tensor, ...]:
+    """In the caller's memory format, if that could not be walked; None says that it could."""
+    if like is None:
+        return out
+    return tuple(torch.empty_like(old).copy_(new) for old, new in zip(like, out, strict=True))
+
+
+@functools.lru_cache(64)
+def likes(channels: int, device: torch.device) -> dict[tuple[int, bool], Tensor]:
+    """A small tensor by columns and whether it is float32: to make others like it is quick."""
+    dtypes = {True: torch.float32, False: torch.float64}
+    return {
+        (columns, single): torch.empty(channels, columns, dtype=dtype, device=device)
+        for columns in (2, 3, 4)
+        for single, dtype in dtypes.items()
+    }
+
+
+def is_simple(tensor: Tensor) -> bool:
+    """Whether the numbers stand in memory one after the other, as they are."""
+    return tensor.is_contiguous() and not tensor.is_neg()
+
+
+def can_be_written(tensor: Tensor) -> bool:
+    """Whether an engine may change it, where torch would."""
+    return type(tensor) is Tensor and not tensor.is_inference() and is_simple(tensor)
 
 
 def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple[int, int | None]:

@@ -19,17 +19,10 @@ from cbn_lab.kernels.cpu.tools import (
 roots = plain(whitening.roots)
 inverse_root = plain(whitening.inverse_root)
 congruence = plain(whitening.congruence)
+matmul = plain(whitening.matmul)
+adjoint = plain(whitening.adjoint)
+is_wide = plain(whitening.is_wide)
 moved = plain(running_stats.moved)
-
-
-@plain
-def is_wide(rr, ii, ri, eps):
-    """Whether float32 would lose more than two digits to cancellation: correlation above 0.995.
-
-    Or be short of exponents, as its square is from 1e19 on; that may have shown as inf or NaN.
-    """
-    product = (rr + eps) * (ii + eps)
-    return not (rr + ii < 1e30 and product - ri * ri >= 0.01 * product)
 
 
 @plain
@@ -115,8 +108,7 @@ def map_forward(pointer_to_job):
         k_re, k_im = m_re, m_im
         if wide[c] == 0.0:
             k_re, k_im = rounded(k_re), rounded(k_im)
-        a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
-        a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
+        a_rr, a_ri, a_ir, a_ii = matmul(w_rr, w_ii, w_ri, r_rr, r_ri, r_ri, r_ii)
         d_re, d_im = m_re - k_re, m_im - k_im
         row[0, c], row[1, c] = k_re, k_im
         row[2, c], row[3, c], row[4, c], row[5, c] = a_rr, a_ii, a_ri, a_ir
@@ -194,17 +186,15 @@ def map_backward(pointer_to_job):
         set_number(to, 3 * c + 2, single, both)
         set_number(job.bias_grad, 2 * c, single, total[2 * c])
         set_number(job.bias_grad, 2 * c + 1, single, total[2 * c + 1])
-        a_rr, a_ri = w_rr * r_rr + w_ri * r_ri, w_rr * r_ri + w_ri * r_ii
-        a_ir, a_ii = w_ri * r_rr + w_ii * r_ri, w_ri * r_ri + w_ii * r_ii
+        a_rr, a_ri, a_ir, a_ii = matmul(w_rr, w_ii, w_ri, r_rr, r_ri, r_ri, r_ii)
         p_rr = p_ii = p_ri = c_re = c_im = 0.0
         if job.training != 0:
-            # R̄ = sym(Γᵀ·G), W = R·R̄·R, V̄ = −(W + s·R·W·R)/(2t): whitening_matrix_adjoint
-            b_rr, b_ii = w_rr * g_rr + w_ri * g_ir, w_ri * g_ri + w_ii * g_ii
-            b_ri = 0.5 * (w_rr * g_ri + w_ri * g_ii + w_ri * g_rr + w_ii * g_ir)
-            u_rr, u_ii, u_ri = congruence(r_rr, r_ii, r_ri, b_rr, b_ii, b_ri)
+            # R̄ = sym(Γᵀ·G), W = R·R̄·R
+            b_rr, b_ri, b_ir, b_ii = matmul(w_rr, w_ii, w_ri, g_rr, g_ri, g_ir, g_ii)
+            u_rr, u_ii, u_ri = congruence(r_rr, r_ii, r_ri, b_rr, b_ii, 0.5 * (b_ri + b_ir))
             v_rr, v_ii, v_ri = congruence(r_rr, r_ii, r_ri, u_rr, u_ii, u_ri)
-            p_rr, p_ii = -(u_rr + s * v_rr) / (t * m), -(u_ii + s * v_ii) / (t * m)
-            p_ri = -(u_ri + s * v_ri) / (t * m)
+            p_rr, p_ii = 2 / m * adjoint(u_rr, v_rr, s, t), 2 / m * adjoint(u_ii, v_ii, s, t)
+            p_ri = 2 / m * adjoint(u_ri, v_ri, s, t)
             d_re, d_im = mean[2 * c] - shift[0, c], mean[2 * c + 1] - shift[1, c]
             t_re, t_im = total[2 * c] / m, total[2 * c + 1] / m
             c_re = -(a_rr * t_re + a_ir * t_im) - (p_rr * d_re + p_ri * d_im)

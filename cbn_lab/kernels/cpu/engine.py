@@ -21,7 +21,17 @@ from torch.autograd.graph import increment_version
 from cbn_lab.kernels import reference
 from cbn_lab.kernels.cpu import native
 from cbn_lab.kernels.cpu.job import LOOPS, TILE, Job, ceil_divide, ceil_to
-from cbn_lab.kernels.layout import Layout, in_and_out, in_step, outputs_like, walkable
+from cbn_lab.kernels.layout import (
+    Layout,
+    can_be_written,
+    in_and_out,
+    in_step,
+    is_simple,
+    likes,
+    outputs_like,
+    put_back,
+    walkable,
+)
 from cbn_lab.running_stats import Running
 
 TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, little enough to share
@@ -117,19 +127,8 @@ def plan(
         places=places,
         threads=job.threads,
         streams=streams(fresh, step * size, 2 * size),
-        like=likes(found.channels),
+        like=likes(found.channels, torch.device("cpu")),
     )
-
-
-@functools.lru_cache(64)
-def likes(channels: int) -> dict[tuple[int, bool], Tensor]:
-    """A small tensor by columns and whether it is float32: to make others like it is quick."""
-    dtypes = {True: torch.float32, False: torch.float64}
-    return {
-        (columns, single): torch.empty(channels, columns, dtype=dtype, device="cpu")
-        for columns in (2, 3, 4)
-        for single, dtype in dtypes.items()
-    }
 
 
 def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
@@ -232,7 +231,7 @@ class Sweep(reference.Sweep):
         if tensor is None:
             return 0
         dtype = torch.float32 if single else torch.float64
-        if not is_simple(tensor, dtype):
+        if tensor.dtype is not dtype or not is_simple(tensor):
             tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
             self.keep.append(tensor)
         return tensor.data_ptr()
@@ -269,14 +268,6 @@ class Sweep(reference.Sweep):
             self.job.stream = not any(part.data_ptr() % LINE for part in out)
         return out
 
-    def _finished(self, out: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """In the caller's memory format, if that could not be walked."""
-        if self.like is None:
-            return out
-        return tuple(
-            torch.empty_like(old).copy_(new) for old, new in zip(self.like, out, strict=True)
-        )
-
     def forward(self, mean, covar, weight, bias):
         """The steps below in one call; one by one where threads can only be had from Python."""
         job = self.job
@@ -291,7 +282,7 @@ class Sweep(reference.Sweep):
         self._take_parameters(weight, bias)
         out = self._make("apply")
         self._run("whole_forward")
-        return self._finished(out), mean, covar
+        return put_back(out, self.like), mean, covar
 
     def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
         if running is not None and not self._moved(running):
@@ -306,7 +297,7 @@ class Sweep(reference.Sweep):
         real, given = torch.float32 if single else torch.float64, []
         for tensor, dtype in ((mean, real), (covar, real), (batches, torch.int64)):
             if tensor is not None:
-                if not can_be_written(tensor, dtype):
+                if tensor.dtype is not dtype or not (tensor.is_cpu and can_be_written(tensor)):
                     return False
                 given.append(tensor)
         if isinstance(factor, Tensor):
@@ -328,7 +319,7 @@ class Sweep(reference.Sweep):
         out = self._make("apply_backward") if need_input else ()
         self._run("whole_backward")
         self._done()
-        return self._finished(out) if need_input else (), *gradients
+        return put_back(out, self.like) if need_input else (), *gradients
 
     def _take_statistics(self, mean: Tensor, covar: Tensor) -> None:
         single = mean.dtype is torch.float32 is covar.dtype
@@ -378,7 +369,7 @@ class Sweep(reference.Sweep):
         out = self._make("apply")
         self._run("map_forward")
         self._sweep("apply")
-        return self._finished(out)
+        return put_back(out, self.like)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
         self._take_gradient(grads, mean, covar)
@@ -407,15 +398,4 @@ class Sweep(reference.Sweep):
         if need_input:
             self._sweep("apply_backward")
         self._done()
-        return self._finished(out) if need_input else (), *gradients
-
-
-def is_simple(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the numbers stand in memory one after the other, as they are."""
-    return tensor.dtype is dtype and tensor.is_contiguous() and not tensor.is_neg()
-
-
-def can_be_written(tensor: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a loop may change it, where torch would."""
-    plain = type(tensor) is Tensor and tensor.is_cpu and not tensor.is_inference()
-    return plain and is_simple(tensor, dtype)
+        return put_back(out, self.like) if need_input else (), *gradients
