@@ -1,6 +1,6 @@
 """``cbn-lab bench``: a training step of every complex batch norm at hand, side by side.
 
-All candidates of a shape run in turns, two steps each per round, so that whatever else the machine
+All candidates of a shape run in turns, some steps each per round, so that whatever else the machine
 does falls on all of them alike. A is the ratio to two ``torch.nn`` layers on separate real tensors.
 """
 
@@ -256,27 +256,30 @@ class Clock:
     Python is at the next.
     """
 
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        if self.cuda:
+    def __init__(self, device: str, marks: int) -> None:
+        self.unused = None
+        if device == "cuda":  # made before, for that takes as long as a small kernel
+            self.unused = [torch.cuda.Event(enable_timing=True) for _ in range(marks)]
+            for event in self.unused:
+                event.record()
             torch.cuda.synchronize()
 
     def mark(self) -> Any:
-        if not self.cuda:
+        if self.unused is None:
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = self.unused.pop()
         event.record()
         return event
 
     def seconds(self, start: Any, end: Any) -> float:
-        if not self.cuda:
+        if self.unused is None:
             return end - start
         end.synchronize()
         return start.elapsed_time(end) / 1e3
 
 
 def time_steps(candidate: Candidate, device: str) -> None:
-    clock, marks = Clock(device), []
+    clock, marks = Clock(device, 3 * IN_A_ROW), []
     for _ in range(IN_A_ROW):
         for leaf in candidate.inputs:
             leaf.grad = None
@@ -293,7 +296,7 @@ def time_steps(candidate: Candidate, device: str) -> None:
 def time_evaluation(candidate: Candidate, device: str) -> None:
     for layer in candidate.layers:
         layer.eval()
-    clock, marks = Clock(device), []
+    clock, marks = Clock(device, 2 * IN_A_ROW), []
     with torch.no_grad():
         for _ in range(IN_A_ROW if candidate.layers else 0):
             start = clock.mark()
@@ -324,7 +327,7 @@ def bound(label: str, threads: int, stock: Candidate, element: int, device: str)
     """Eight sweeps (forward two reads and a write, backward four and a write) at copy speed."""
     source = torch.zeros(element // 4, device=device)
     target = torch.zeros_like(source)
-    clock, marks = Clock(device), []
+    clock, marks = Clock(device, 16), []
     for _ in range(8):
         start = clock.mark()
         target.copy_(source)

@@ -22,7 +22,7 @@ from cbn_lab.running_stats import Running
 ENGINES = {
     "reference": "cbn_lab.kernels.reference",
     "numba": "cbn_lab.kernels.cpu.engine",
-    "triton": "cbn_lab.kernels.cuda",
+    "triton": "cbn_lab.kernels.cuda.engine",
 }
 NATIVE = {"cpu": "numba", "cuda": "triton"}
 _loaded: dict[str, ModuleType] = {"reference": reference}

@@ -1,0 +1,1 @@
+"""The CUDA engine: four sweeps over the data in Triton."""
