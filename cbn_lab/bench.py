@@ -8,6 +8,7 @@ import argparse
 import csv
 import importlib
 import math
+import platform
 import statistics
 import sys
 import time
@@ -72,15 +73,15 @@ def main(args: argparse.Namespace) -> int:
     before, rows = torch.get_num_threads(), []
     shapes = args.shape or (QUICK if args.quick else SHAPES)
     try:
-        for threads in args.threads if args.device == "cpu" else [before]:
-            torch.set_num_threads(threads)
+        for threads in args.threads if args.device == "cpu" else [None]:
+            torch.set_num_threads(threads or before)
             for shape in shapes:
                 rows += run_shape(shape, threads, args)
     finally:
         torch.set_num_threads(before)
     args.output.mkdir(parents=True, exist_ok=True)
     write_csv(rows, args.output / "bench.csv")
-    text = f"{ratios(rows)}\n{markdown(rows)}"
+    text = f"{machine(args.device)}\n\n{ratios(rows)}\n{markdown(rows)}"
     (args.output / "bench.md").write_text(text, encoding="utf-8")
     plot(rows, args.output / "bench.png")
     print(text)
@@ -88,7 +89,12 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
-def run_shape(shape: tuple[int, ...], threads: int, args: argparse.Namespace) -> list[dict]:
+def machine(device: str) -> str:
+    name = torch.cuda.get_device_name() if device == "cuda" else platform.machine()
+    return f"{name}, torch {torch.__version__}"
+
+
+def run_shape(shape: tuple[int, ...], threads: int | None, args: argparse.Namespace) -> list[dict]:
     torch.manual_seed(0)
     found = list(candidates(shape, args))
     check_against_each_other(found)
@@ -308,7 +314,7 @@ def time_evaluation(candidate: Candidate, device: str) -> None:
         layer.train()
 
 
-def row(c: Candidate, stock: Candidate, label: str, threads: int, element: int) -> dict:
+def row(c: Candidate, stock: Candidate, label: str, threads: int | None, element: int) -> dict:
     return {
         "shape": label,
         "threads": threads,
@@ -323,18 +329,21 @@ def row(c: Candidate, stock: Candidate, label: str, threads: int, element: int) 
     }
 
 
-def bound(label: str, threads: int, stock: Candidate, element: int, device: str) -> dict:
-    """Eight sweeps (forward two reads and a write, backward four and a write) at copy speed."""
+def bound(label: str, threads: int | None, stock: Candidate, element: int, device: str) -> dict:
+    """Eight sweeps (forward two reads and a write, backward four and a write) at copy speed.
+
+    Evaluation is two, a read and a write.
+    """
     source = torch.zeros(element // 4, device=device)
     target = torch.zeros_like(source)
-    clock, marks = Clock(device, 16), []
-    for _ in range(8):
+    clock, marks = Clock(device, 64), []
+    for _ in range(32):
         start = clock.mark()
         target.copy_(source)
         marks.append((start, clock.mark()))
     times = [clock.seconds(*pair) for pair in marks]
     step = [4 * t for t in times]  # a copy is two sweeps
-    known = Candidate("memory-traffic bound", lambda: (), (), (), True, [math.nan], step)
+    known = Candidate("memory-traffic bound", lambda: (), (), (), True, [math.nan], step, times)
     return row(known, stock, label, threads, element) | {"saved_to_input": 1.0}
 
 
@@ -375,7 +384,7 @@ def markdown(rows: list[dict]) -> str:
     for r in rows:
         evaluation = "" if r["eval_A_min"] is None else f"{r['eval_A_min']:.2f}"
         lines.append(
-            f"| {r['shape']} | {r['threads']} | {r['candidate']} | {r['A_min']:.2f} | "
+            f"| {r['shape']} | {r['threads'] or ''} | {r['candidate']} | {r['A_min']:.2f} | "
             f"{r['A_median']:.2f} | {r['step_ms_min']:.3f} | {evaluation} | "
             f"{r['saved_to_input']:.2f} |"
         )
@@ -393,7 +402,8 @@ def plot(rows: list[dict], path: Path) -> None:
         ax.axvline(1, color="#D55E00")
         ax.set_xscale("log")
         ax.invert_yaxis()
-        ax.set_title(f"{group[0]}, {group[1]} thread{'s' if group[1] > 1 else ''}", fontsize=9)
+        threads = {None: "", 1: ", 1 thread"}.get(group[1], f", {group[1]} threads")
+        ax.set_title(group[0] + threads, fontsize=9)
         ax.tick_params(labelsize=8)
     ax.set_xlabel("training step relative to two stock batch norms (A, minima)")
     figure.savefig(path, dpi=120)

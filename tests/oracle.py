@@ -81,9 +81,7 @@ def batches(draw):
         z = correlated(*(shape[d] for d in order), dtype=dtype)
         z = z.permute([order.index(d) for d in range(len(shape))])
     elif kind == "sliced":
-        z = correlated(*(s + 2 for s in shape), dtype=dtype)[
-            tuple(slice(1, -1) for _ in shape)
-        ]
+        z = correlated(*(s + 2 for s in shape), dtype=dtype)[tuple(slice(1, -1) for _ in shape)]
     elif kind == "expanded":
         z = correlated(n, c, *([1] * len(spatial)), dtype=dtype).expand(shape)
     else:

@@ -57,10 +57,11 @@ def wrong(re, im):
 
 
 def test_all_sweeps_are_counted_in_the_bound():
-    stock = bench.Candidate("stock", None, (), (), False, [1.0], [1.0])
+    stock = bench.Candidate("stock", None, (), (), False, [1.0], [1.0], [1.0])
     small = bench.bound("", 1, stock, 1 << 20, "cpu")
     large = bench.bound("", 1, stock, 1 << 25, "cpu")
     assert large["step_ms_min"] > 8 * small["step_ms_min"]
+    assert large["step_ms_min"] / 1e3 == pytest.approx(4 * large["eval_A_min"])
 
 
 def stored():

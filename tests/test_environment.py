@@ -73,7 +73,9 @@ def test_bounds_are_loose_and_constraints_pin_every_dependency(project):
             requirement = Requirement(line)
             assert [s.operator for s in requirement.specifier] == ["=="], line
             pins.setdefault(canonicalize_name(requirement.name), []).append(requirement)
-    for name, bound in from_pyproject(project).items():
+    bounds = from_pyproject(project)
+    assert bounds.pop("triton") and "triton" not in pins  # CUDA builds of torch pin it themselves
+    for name, bound in bounds.items():
         assert bound.startswith(">="), f"{name}{bound}"
         for pin in pins[name]:
             version = next(iter(pin.specifier)).version

@@ -571,6 +571,7 @@ def test_a_default_device_does_not_move_the_engines_own_memory():
 
 # --- running statistics -----------------------------------------------------------------------
 
+
 @pytest.mark.parametrize("factor", [0.3, torch.tensor(0.3)], ids=["number", "tensor"])
 @pytest.mark.parametrize("gone", [None, 0, 1])
 @pytest.mark.parametrize("kind", oracle.RUNNING)
@@ -579,7 +580,8 @@ def test_the_engine_moves_the_running_statistics_by_the_rule(kind, gone, factor)
     start = torch.randn(3, 2).double(), torch.rand(3, 3).double()
     found = {}
     for engine in ("reference", "numba"):
-        running = [None if k == gone else oracle.RUNNING[kind](t.clone()) for k, t in enumerate(start)]
+        form = oracle.RUNNING[kind]
+        running = [None if k == gone else form(t.clone()) for k, t in enumerate(start)]
         places = [t if t is None else (t.data_ptr(), t._version) for t in running]
         for _ in range(2):
             F.complex_batch_norm(z, *running, training=True, momentum=factor, engine=engine)

@@ -75,7 +75,9 @@ def same(z, tolerance=1e-4, affine=True, **options):
 
 
 @settings(
-    max_examples=EXAMPLES, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=EXAMPLES,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(z=oracle.batches(), affine=st.booleans(), pair=st.booleans(), training=st.booleans())
 def test_any_layout_against_the_reference(z, affine, pair, training):
@@ -188,7 +190,8 @@ def test_parameters_of_any_precision_and_stride(dtype):
 
 def test_first_and_second_derivatives():
     z = oracle.correlated(2, 1, 3, dtype=torch.complex128).to(DEVICE).requires_grad_()
-    w, b = (torch.randn(1, k, dtype=torch.double, device=DEVICE, requires_grad=True) for k in (3, 2))
+    w, b = (torch.randn(1, k, dtype=torch.double, device=DEVICE) for k in (3, 2))
+    w.requires_grad_(), b.requires_grad_()
 
     def function(z, w, b):
         return F.complex_batch_norm(z, None, None, w, b, training=True, engine="triton")

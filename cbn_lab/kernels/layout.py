@@ -108,9 +108,7 @@ def outputs_like(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return tuple([torch.empty_like(parts[0]) for _ in parts])
 
 
-def put_back(
-    out: tuple[Tensor, ...], like: tuple[Tensor, ...] | None
-) -> tuple[Tensor, ...]:
+def put_back(out: tuple[Tensor, ...], like: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:
     """In the caller's memory format, if that could not be walked; None says that it could."""
     if like is None:
         return out
@@ -135,7 +133,11 @@ def is_simple(tensor: Tensor) -> bool:
 
 def can_be_written(tensor: Tensor) -> bool:
     """Whether an engine may change it, where torch would."""
-    return type(tensor) is Tensor and not tensor.is_inference() and is_simple(tensor)
+    return (
+        type(tensor) is Tensor
+        and tensor.is_contiguous()
+        and not (tensor.is_neg() or tensor.is_inference())
+    )
 
 
 def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple[int, int | None]:

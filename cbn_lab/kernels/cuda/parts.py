@@ -18,7 +18,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def shared(function):
-    """Plain arithmetic from elsewhere, as kernels call it; Triton's interpreter takes it as it is."""
+    """Plain arithmetic from elsewhere, for kernels; Triton's interpreter takes it as it is."""
     return function if INTERPRETED else triton.jit(function)
 
 

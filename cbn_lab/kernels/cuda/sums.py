@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from cbn_lab import whitening
-from cbn_lab.kernels.cuda.parts import centre, corner, inside, read, share, shared, three, total, two
+from cbn_lab.kernels.cuda.parts import (
+    centre,
+    corner,
+    inside,
+    read,
+    share,
+    shared,
+    three,
+    total,
+    two,
+)
 
 TILES = tl.constexpr(64)  # that float32 sums run over before they go to float64
 is_wide = shared(whitening.is_wide)
