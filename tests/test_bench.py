@@ -64,13 +64,12 @@ def test_all_sweeps_are_counted_in_the_bound():
     assert large["step_ms_min"] / 1e3 == pytest.approx(4 * large["eval_A_min"])
 
 
-def stored():
-    with (ROOT / "cbn_lab" / "results" / "bench.csv").open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def test_the_readme_shows_the_stored_measurement():
-    assert bench.ratios(stored()) in (ROOT / "README.md").read_text(encoding="utf-8")
+@pytest.mark.parametrize("name", ["bench.csv", "bench_cuda.csv"])
+def test_the_readme_shows_the_stored_measurement(name):
+    with (ROOT / "cbn_lab" / "results" / name).open(newline="", encoding="utf-8") as file:
+        assert bench.ratios(list(csv.DictReader(file))) in (ROOT / "README.md").read_text(
+            encoding="utf-8"
+        )
 
 
 def test_ratios_put_threads_side_by_side():
