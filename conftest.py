@@ -5,14 +5,16 @@ environment variables.
 """
 
 import os
-import shutil
 
 import pytest
 
 # Before torch is imported, here or in a notebook's kernel: its threads are not to spin on a core
 # that another process could use.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-if not shutil.which("nvidia-smi"):
+
+import torch  # noqa: E402
+
+if not torch.cuda.is_available():
     # Before Triton is imported: without a GPU its kernels run as Python, where they are asked for.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 

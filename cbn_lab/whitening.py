@@ -57,6 +57,7 @@ def is_wide(rr, ii, ri, eps):
     Or be short of exponents, as its square is from 1e19 on; that may have shown as inf or NaN.
     """
     both = (rr + eps) * (ii + eps)
+    # As arithmetic: vectors have no `and` and no `not`. A NaN is wide.
     return ((rr + ii < 1e30) & (both - ri * ri >= 0.01 * both)) == 0
 
 

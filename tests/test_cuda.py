@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import cbn_lab
-from cbn_lab import ComplexBatchNorm2d, SyncComplexBatchNorm
+from cbn_lab import ComplexBatchNorm2d, SyncComplexBatchNorm, kernels
 from cbn_lab import functional as F
 
 if not torch.cuda.is_available():
@@ -45,7 +45,9 @@ def test_gpu_and_cpu_train_alike(dtype, shape, kind):
         found = train(there, z.cuda(), g.cuda())
         for a, b in zip(found, expected, strict=True):
             assert a.stride() == b.stride()
-            torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-5)
+            exact = dtype == torch.complex128
+            torch.testing.assert_close(a.cpu(), b, rtol=1e-4, atol=1e-10 if exact else 1e-5)
+            assert not exact or (a.cpu() - b).abs().max() <= 1e-9 * b.abs().max()
     for (name, a), b in zip(there.state_dict().items(), here.state_dict().values(), strict=True):
         torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-6, msg=name)
     for a, b in zip(there.parameters(), here.parameters(), strict=True):
@@ -54,13 +56,16 @@ def test_gpu_and_cpu_train_alike(dtype, shape, kind):
     torch.testing.assert_close(there(z.cuda()).cpu(), here(z), rtol=1e-4, atol=1e-5)
 
 
-def test_more_values_than_32_bits_count():
-    z = torch.randn(2, 1, 1 << 15, 1 << 15, device="cuda", dtype=torch.cfloat)  # 2^32 real numbers
+@pytest.mark.parametrize("shape", [(2, 1, 1 << 15, 1 << 15), (1, 1, 46342, 46342), (46342**2, 1)])
+def test_more_values_than_32_bits_count(shape):
+    z = torch.randn(*shape, device="cuda", dtype=torch.cfloat)
     z.real.add_(5)
     y = F.complex_batch_norm(z, None, None, training=True)
-    for part in (y[0, 0, 0], y[-1, 0, -1]):
-        assert part.isfinite().all() and part.mean().abs() < 0.1
-        assert abs(part.real.square().mean() - 1) < 0.1 and abs(part.imag.square().mean() - 1) < 0.1
+    del z
+    flat = torch.view_as_real(y).flatten(0, -2)
+    for part in (flat[: 1 << 20], flat[-(1 << 20) :]):
+        assert part.isfinite().all() and part.mean().abs() < 0.01
+        assert (part.square().mean(0) - 1).abs().max() < 0.01
 
 
 def test_nothing_waits_for_the_device():
@@ -137,14 +142,18 @@ def test_only_the_input_is_saved():
     assert kept <= 0.02 * z.nbytes  # the input is there anyway
 
 
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])  # the second in CUDA graphs
 @pytest.mark.parametrize("pair", [False, True])
-def test_compiles_without_a_break(pair):
+def test_compiles_without_a_break(pair, mode):
+    kernels.operator.forget()  # what the engine keeps must not be kept in a graph's memory
     bn = ComplexBatchNorm2d(3).cuda()
     twin = copy.deepcopy(bn)
-    z = oracle.correlated(4, 3, 5, 6).cuda()
-    args = (z.real, z.imag) if pair else (z,)
-    found, expected = torch.compile(bn, fullgraph=True)(*args), twin(*args)
-    torch.testing.assert_close(found, expected)
+    compiled = torch.compile(bn, fullgraph=True, mode=mode)
+    for _ in range(3):
+        z = oracle.correlated(4, 3, 5, 6).cuda()
+        args = (z.real.clone(), z.imag.clone()) if pair else (z,)
+        found, expected = compiled(*args), twin(*args)
+        torch.testing.assert_close(found, expected)
     torch.testing.assert_close(bn.running_covar, twin.running_covar)
 
 
@@ -171,6 +180,7 @@ def test_state_on_another_device_is_named():
 
 
 def work(rank, backend, path, sizes, results):
+    torch.cuda.set_device(rank % torch.cuda.device_count())
     try:
         dist.init_process_group(
             backend, init_method=f"file://{path}", rank=rank, world_size=len(sizes)
@@ -188,10 +198,10 @@ def work(rank, backend, path, sizes, results):
             dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(
-    ("backend", "sizes"), [("gloo", (5, 0, 2)), ("nccl", (3,) * torch.cuda.device_count())]
-)
+@pytest.mark.parametrize(("backend", "sizes"), [("gloo", (5, 0, 2)), ("nccl", (5, 2))])
 def test_statistics_over_ranks_on_the_device(backend, sizes, tmp_path):
+    if backend == "nccl" and torch.cuda.device_count() < len(sizes):
+        pytest.skip("NCCL needs a GPU for each rank")
     with mp.Manager() as manager:
         results = manager.dict()
         path = os.path.join(tmp_path, backend)

@@ -117,13 +117,17 @@ def put_back(out: tuple[Tensor, ...], like: tuple[Tensor, ...] | None) -> tuple[
 
 @functools.lru_cache(64)
 def likes(channels: int, device: torch.device) -> dict[tuple[int, bool], Tensor]:
-    """A small tensor by columns and whether it is float32: to make others like it is quick."""
-    dtypes = {True: torch.float32, False: torch.float64}
-    return {
-        (columns, single): torch.empty(channels, columns, dtype=dtype, device=device)
-        for columns in (2, 3, 4)
-        for single, dtype in dtypes.items()
-    }
+    """A small tensor by columns and whether it is float32: to make others like it is quick.
+
+    They have no memory of their own. On CUDA it may come from the pool of a graph that is being
+    captured, which nothing may hold on to.
+    """
+    made = {}
+    for columns in (2, 3, 4):
+        for single, dtype in ((True, torch.float32), (False, torch.float64)):
+            made[columns, single] = torch.empty(channels, columns, dtype=dtype, device=device)
+            made[columns, single].untyped_storage().resize_(0)
+    return made
 
 
 def is_simple(tensor: Tensor) -> bool:
@@ -133,11 +137,7 @@ def is_simple(tensor: Tensor) -> bool:
 
 def can_be_written(tensor: Tensor) -> bool:
     """Whether an engine may change it, where torch would."""
-    return (
-        type(tensor) is Tensor
-        and tensor.is_contiguous()
-        and not (tensor.is_neg() or tensor.is_inference())
-    )
+    return type(tensor) is Tensor and not tensor.is_inference() and is_simple(tensor)
 
 
 def _walk(shape: torch.Size, strides: tuple[int, ...], dims: list[int]) -> tuple[int, int | None]:

@@ -64,7 +64,7 @@ def whiten(
     else:
         if torch.is_grad_enabled():
             found: list = []
-            output = apply_at_once(*args[:2], weight, bias, (mean, covar, eps, engine, found))
+            output = WhitenAtOnce.apply(*args[:2], weight, bias, (mean, covar, eps, engine, found))
         else:
             output, *found = sweep_forward(*args)
         mean, covar, sweep = found
@@ -340,11 +340,6 @@ class WhitenAtOnce(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         return *gradients(ctx, eager_backward(), ctx.needs_input_grad, *grads), None
-
-
-# Function.apply asks again whether torch.func is at work, as whiten has done, and looks through the
-# arguments for what that may have left.
-apply_at_once = super(torch.autograd.Function, WhitenAtOnce).apply
 
 
 class WhitenBackward(torch.autograd.Function):

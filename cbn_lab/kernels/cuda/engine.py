@@ -37,7 +37,12 @@ MERGED, MERGED_CHANNELS = 256, 4  # slices and channels that a kernel adds up at
 
 
 def check_available() -> None:
-    """Raise where Triton's kernels can run on nothing."""
+    """Raise where Triton's kernels can run on nothing, or it is too old.
+
+    Until 3.4 a kernel's numbers are float32, whatever it asks for.
+    """
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        raise RuntimeError(f"expected Triton 3.4 or newer, got {triton.__version__}")
     if not torch.cuda.is_available() and not INTERPRETED:
         raise RuntimeError("no CUDA device")
 
@@ -127,7 +132,7 @@ class Sweep(reference.Sweep):
     """The steps of a forward and a backward in Triton."""
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
-        first, self.like, self.eps = parts[0], None, eps
+        first, self.like, self.eps = parts[0], None, float(eps)
         device = first.device
         found = plan(first.shape, first.stride(), first.dtype, device)
         if found is None:
@@ -200,12 +205,16 @@ class Sweep(reference.Sweep):
             return
         *given, factor, unbiased = running
         there = [t for t in given if t is not None]
-        simple = all([can_be_written(t) and t.dtype.itemsize >= 4 for t in there])
+        if not there:
+            return
+        simple = all(
+            [can_be_written(t) and t.dtype.itemsize >= 4 and t.device == mean.device for t in there]
+        )
         if isinstance(factor, Tensor) or not simple:
             super().finish(running, mean, covar)
             return
         c = self.plan.partial[2]
-        numbers, programs = (factor, unbiased, c), ceil_divide(3 * c, BLOCK)
+        numbers, programs = (float(factor), unbiased, c), ceil_divide(3 * c, BLOCK)
         tensors = mean, covar, *given
         self._run(maps.move_running_kernel, programs, tensors, numbers, dict(BC=BLOCK))
         increment_version(there)  # or autograd would not see that they have changed
@@ -303,3 +312,4 @@ def small(tensor: Tensor | None) -> Tensor | None:
 def forget() -> None:
     """Let go of what is kept between calls, but not of what Triton keeps."""
     plan.cache_clear()
+    likes.cache_clear()

@@ -120,7 +120,7 @@ def apply_backward_kernel(
     x_re, x_im, g_re, g_im, y_re, y_im, mean, covar, weight, total_in, product, partial,
     weight_grad, bias_grad, eps: "fp64", M: "fp64", S, yP, yA, C, P, A, B, LB, per, tiles, sP, sA,
     ROWS: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr, DOUBLE: tl.constexpr,
-    TRAINING: tl.constexpr, BS: tl.constexpr,
+    BS: tl.constexpr, TRAINING: tl.constexpr,
 ):  # fmt: skip
     """x̄ = Aᵀ·(g − Σg/M) + P·(x − μ) with P = (2/M)·V̄; the first slice stores Γ̄ and β̄ as well.
 

@@ -33,53 +33,47 @@ def share(P, per, tiles, ROWS: tl.constexpr, BB: tl.constexpr, BACKWARDS: tl.con
 
 @triton.jit
 def corner(t, p, LB, ROWS: tl.constexpr, BA: tl.constexpr, BB: tl.constexpr):
-    """Where tile t begins along A, and along B."""
-    return t // LB * BA, p * BB if ROWS else t % LB * BB
+    """Where tile t begins along A, and along B; either may be beyond 32 bits."""
+    a0 = (t // LB).to(tl.int64) * BA
+    b0 = (p if ROWS else t % LB).to(tl.int64) * BB
+    return a0, b0
 
 
 @triton.jit
-def inside(a0, b0, A, B, BA: tl.constexpr, BB: tl.constexpr):
-    """Which values of the tile exist."""
-    return (a0 + tl.arange(0, BA) < A)[:, None] & (tl.arange(0, BB) < B - b0)[None, :]
+def inside(a0, b0, A, B, BA: tl.constexpr, BB: tl.constexpr, EACH: tl.constexpr):
+    """Which numbers of the tile exist, where a value has ``EACH`` of them side by side."""
+    a, b = tl.minimum(A - a0, BA).to(tl.int32), EACH * tl.minimum(B - b0, BB).to(tl.int32)
+    return (tl.arange(0, BA) < a)[:, None] & (tl.arange(0, EACH * BB) < b)[None, :]
 
 
 @triton.jit
-def inside_pairs(a0, b0, A, B, BA: tl.constexpr, BB: tl.constexpr):
-    """The same for real and imaginary parts in turn; 2·B may be more than 32 bits hold."""
-    left = 2 * tl.minimum(B - b0, BB)
-    return (a0 + tl.arange(0, BA) < A)[:, None] & (tl.arange(0, 2 * BB) < left)[None, :]
-
-
-@triton.jit
-def from_row(a0, sA, BA: tl.constexpr):
-    return ((a0 + tl.arange(0, BA)).to(tl.int64) * sA)[:, None]
+def places(a0, b0, sA, BA: tl.constexpr, BB: tl.constexpr, EACH: tl.constexpr):
+    """How far from this program's first number those of the tile lie."""
+    a = (a0 + tl.arange(0, BA)) * sA
+    return a[:, None] + (EACH * b0 + tl.arange(0, EACH * BB))[None, :]
 
 
 @triton.jit
 def read(re, im, a0, b0, A, B, sA, BA: tl.constexpr, BB: tl.constexpr):
     """Real and imaginary parts of a tile, 0 outside."""
-    at = from_row(a0, sA, BA)
     if im is None:
-        at += (2 * b0.to(tl.int64) + tl.arange(0, 2 * BB))[None, :]
-        both = tl.load(re + at, mask=inside_pairs(a0, b0, A, B, BA, BB), other=0)
+        mask = inside(a0, b0, A, B, BA, BB, 2)
+        both = tl.load(re + places(a0, b0, sA, BA, BB, 2), mask=mask, other=0)
         u, v = tl.split(tl.reshape(both, [BA, BB, 2]))
     else:
-        at += (b0 + tl.arange(0, BB))[None, :]
-        mask = inside(a0, b0, A, B, BA, BB)
+        at, mask = places(a0, b0, sA, BA, BB, 1), inside(a0, b0, A, B, BA, BB, 1)
         u, v = tl.load(re + at, mask=mask, other=0), tl.load(im + at, mask=mask, other=0)
     return u, v
 
 
 @triton.jit
 def write(re, im, u, v, a0, b0, A, B, sA, BA: tl.constexpr, BB: tl.constexpr):
-    at = from_row(a0, sA, BA)
     if im is None:
-        at += (2 * b0.to(tl.int64) + tl.arange(0, 2 * BB))[None, :]
+        mask = inside(a0, b0, A, B, BA, BB, 2)
         both = tl.reshape(tl.join(u, v), [BA, 2 * BB])
-        tl.store(re + at, both, mask=inside_pairs(a0, b0, A, B, BA, BB))
+        tl.store(re + places(a0, b0, sA, BA, BB, 2), both, mask=mask)
     else:
-        at += (b0 + tl.arange(0, BB))[None, :]
-        mask = inside(a0, b0, A, B, BA, BB)
+        at, mask = places(a0, b0, sA, BA, BB, 1), inside(a0, b0, A, B, BA, BB, 1)
         tl.store(re + at, u, mask=mask)
         tl.store(im + at, v, mask=mask)
 
@@ -124,6 +118,7 @@ def two(vector, c, C):
 def centre(m_re, m_im, DOUBLE: tl.constexpr):
     """A point near the mean that the data's precision has, and what is left of the mean."""
     k_re, k_im = m_re, m_im
-    if not DOUBLE:
-        k_re, k_im = m_re.to(tl.float32).to(tl.float64), m_im.to(tl.float32).to(tl.float64)
+    if not DOUBLE:  # what float32 cannot hold is left to the channels done in float64
+        r, i = m_re.to(tl.float32).to(tl.float64), m_im.to(tl.float32).to(tl.float64)
+        k_re, k_im = tl.where(r - r == 0, r, m_re), tl.where(i - i == 0, i, m_im)
     return k_re, k_im, m_re - k_re, m_im - k_im

@@ -47,13 +47,13 @@ def moments_kernel(
     # About the mean of the first tile, which one far value does not spoil.
     a0, b0 = corner(start, p, LB, ROWS, BA, BB)
     k_re, k_im = read(x_re, x_im, a0, b0, A, B, sA, BA, BB)
-    count = tl.maximum(total(inside(a0, b0, A, B, BA, BB), ROWS), 1)
+    count = tl.maximum(total(inside(a0, b0, A, B, BA, BB, 1), ROWS), 1)
     k_re, k_im = total(k_re, ROWS) / count, total(k_im, ROWS) / count
     k_re, k_im = tl.where(k_re - k_re == 0, k_re, 0), tl.where(k_im - k_im == 0, k_im, 0)
     for t in range(start, end):
         a0, b0 = corner(t, p, LB, ROWS, BA, BB)
         u, v = read(x_re, x_im, a0, b0, A, B, sA, BA, BB)
-        there = inside(a0, b0, A, B, BA, BB)
+        there = inside(a0, b0, A, B, BA, BB, 1)
         u = tl.where(there, u.to(tl.float64) - k_re[None, :], 0)
         v = tl.where(there, v.to(tl.float64) - k_im[None, :], 0)
         n += there.to(tl.int32)
