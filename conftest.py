@@ -22,6 +22,7 @@ if not torch.cuda.is_available():
 # them on the disk; then the long ones.
 EARLY = [
     "tests/test_kernels.py",
+    "tests/test_triton.py",
     "tests/diagnostics/",
     "tests/browser/test_lab.py",
     "tests/course/test_course.py",

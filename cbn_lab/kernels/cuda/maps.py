@@ -8,7 +8,16 @@ import triton
 import triton.language as tl
 
 from cbn_lab import running_stats, whitening
-from cbn_lab.kernels.cuda.parts import centre, corner, read, share, shared, three, two, write
+from cbn_lab.kernels.cuda.parts import (
+    centre,
+    corner,
+    load_symmetric,
+    load_vector,
+    read,
+    share,
+    shared,
+    write,
+)
 from cbn_lab.kernels.cuda.sums import any_wide, merged_gram, merged_moments, store_moments
 
 roots = shared(whitening.roots)
@@ -95,18 +104,18 @@ def apply_kernel(
     # The last slice first: the cache still has it.
     p, s, c, start, end = share(P, per, tiles, ROWS, BB, True)
     if partial is None:
-        m_re, m_im = two(mean, c, C)
-        rr, ii, ri = three(covar, c, C)
+        m_re, m_im = load_vector(mean, c, C)
+        rr, ii, ri = load_symmetric(covar, c, C)
     else:
         m_re, m_im, rr, ii, ri = merged_moments(partial, c, C, S, BS)
         if s == 0:
             store_moments(mean, covar, m_re, m_im, rr, ii, ri, c, C)
     root, t = roots(rr, ii, ri, eps, square_root)
     r_rr, r_ii, r_ri = inverse_root(rr, ii, ri, eps, root, t)
-    w_rr, w_ii, w_ri = three(weight, c, C)
+    w_rr, w_ii, w_ri = load_symmetric(weight, c, C)
     a_rr, a_ri, a_ir, a_ii = matmul(w_rr, w_ii, w_ri, r_rr, r_ri, r_ri, r_ii)
     k_re, k_im, d_re, d_im = centre(m_re, m_im, DOUBLE)
-    b_re, b_im = two(bias, c, C)
+    b_re, b_im = load_vector(bias, c, C)
     b_re, b_im = b_re - (a_rr * d_re + a_ri * d_im), b_im - (a_ir * d_re + a_ii * d_im)
     map_channels(
         x_re, x_im, None, None, y_re, y_im, k_re, k_im, a_rr, a_ri, a_ir, a_ii,
@@ -127,16 +136,16 @@ def apply_backward_kernel(
     Σ g and G are given, or what they are made of.
     """
     p, s, c, start, end = share(P, per, tiles, ROWS, BB, True)
-    rr, ii, ri = three(covar, c, C)
+    rr, ii, ri = load_symmetric(covar, c, C)
     root, t = roots(rr, ii, ri, eps, square_root)
     r_rr, r_ii, r_ri = inverse_root(rr, ii, ri, eps, root, t)
-    w_rr, w_ii, w_ri = three(weight, c, C)
+    w_rr, w_ii, w_ri = load_symmetric(weight, c, C)
     a_rr, a_ri, a_ir, a_ii = matmul(w_rr, w_ii, w_ri, r_rr, r_ri, r_ri, r_ii)
-    m_re, m_im = two(mean, c, C)
+    m_re, m_im = load_vector(mean, c, C)
     if partial is None:
-        t_re, t_im = two(total_in, c, C)
-        g_rr, g_ri = two(product, 2 * c, 2 * C)
-        g_ir, g_ii = two(product, 2 * c + 1, 2 * C)
+        t_re, t_im = load_vector(total_in, c, C)
+        g_rr, g_ri = load_vector(product, 2 * c, 2 * C)
+        g_ir, g_ii = load_vector(product, 2 * c + 1, 2 * C)
     else:
         t_re, t_im, g_rr, g_ri, g_ir, g_ii = merged_gram(partial, m_re, m_im, c, C, S, BS, DOUBLE)
     if s == 0:

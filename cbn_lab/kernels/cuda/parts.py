@@ -89,7 +89,7 @@ def total(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def three(matrix, c, C):
+def load_symmetric(matrix, c, C):
     """rr, ii, ri of the symmetric matrices of channels c; the identity for None."""
     if matrix is None:
         rr = tl.full(c.shape, 1, tl.float64)
@@ -103,7 +103,7 @@ def three(matrix, c, C):
 
 
 @triton.jit
-def two(vector, c, C):
+def load_vector(vector, c, C):
     """The two numbers of channels c; 0 for None."""
     if vector is None:
         re = tl.zeros(c.shape, tl.float64)

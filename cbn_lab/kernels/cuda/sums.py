@@ -12,12 +12,12 @@ from cbn_lab.kernels.cuda.parts import (
     centre,
     corner,
     inside,
+    load_symmetric,
+    load_vector,
     read,
     share,
     shared,
-    three,
     total,
-    two,
 )
 
 TILES = tl.constexpr(64)  # that float32 sums run over before they go to float64
@@ -74,7 +74,7 @@ def moments_kernel(
 
 
 @triton.jit
-def six(partial, s, c, C, S):
+def load_slices(partial, s, c, C, S):
     """Six numbers of slices s and channels c, 0 where there is none."""
     at = partial + s[:, None] * 6 * C + c[None, :]
     mask = (s < S)[:, None] & (c < C)[None, :]
@@ -90,7 +90,7 @@ def merged_moments(partial, c, C, S, BS: tl.constexpr):
     zero = tl.zeros([BS, c.shape[0]], tl.float64)
     count, m_re, m_im = zero, zero, zero
     for s in range(0, S, BS):
-        n, r, i, _, _, _ = six(partial, s + tl.arange(0, BS), c, C, S)
+        n, r, i, _, _, _ = load_slices(partial, s + tl.arange(0, BS), c, C, S)
         count += n
         m_re += n * r
         m_im += n * i
@@ -98,7 +98,7 @@ def merged_moments(partial, c, C, S, BS: tl.constexpr):
     m_re, m_im = tl.sum(m_re, 0) / count, tl.sum(m_im, 0) / count
     v_rr, v_ii, v_ri = zero, zero, zero
     for s in range(0, S, BS):
-        n, r, i, rr, ii, ri = six(partial, s + tl.arange(0, BS), c, C, S)
+        n, r, i, rr, ii, ri = load_slices(partial, s + tl.arange(0, BS), c, C, S)
         r, i = tl.where(n > 0, r - m_re[None, :], 0), tl.where(n > 0, i - m_im[None, :], 0)
         v_rr += rr + n * r * r
         v_ii += ii + n * i * i
@@ -162,14 +162,14 @@ def gram_kernel(
 ):  # fmt: skip
     """Of each slice Σ g and Σ g·(x − centre)ᵀ."""
     p, s, c, start, end = share(P, per, tiles, ROWS, BB, False)
-    m_re, m_im = two(mean, c, C)
+    m_re, m_im = load_vector(mean, c, C)
     k_re, k_im, _, _ = centre(m_re, m_im, DOUBLE)
     x_re += p.to(tl.int64) * sP
     g_re += p.to(tl.int64) * sP
     if x_im is not None:
         x_im += p.to(tl.int64) * sP
         g_im += p.to(tl.int64) * sP
-    rr, ii, ri = three(covar, c, C)
+    rr, ii, ri = load_symmetric(covar, c, C)
     if DOUBLE or any_wide(rr, ii, ri, eps):
         r, i, g_rr, g_ri, g_ir, g_ii = gram_sums(
             x_re, x_im, g_re, g_im, k_re, k_im, start, end, p, A, B, LB, sA,
@@ -195,7 +195,7 @@ def merged_gram(partial, m_re, m_im, c, C, S, BS: tl.constexpr, DOUBLE: tl.const
     zero = tl.zeros([BS, c.shape[0]], tl.float64)
     r, i, rr, ri, ir, ii = zero, zero, zero, zero, zero, zero
     for s in range(0, S, BS):
-        n_r, n_i, n_rr, n_ri, n_ir, n_ii = six(partial, s + tl.arange(0, BS), c, C, S)
+        n_r, n_i, n_rr, n_ri, n_ir, n_ii = load_slices(partial, s + tl.arange(0, BS), c, C, S)
         r += n_r
         i += n_i
         rr += n_rr
@@ -214,7 +214,7 @@ def merge_gram_kernel(
     DOUBLE: tl.constexpr,
 ):  # fmt: skip
     c = tl.program_id(0) * BC + tl.arange(0, BC)
-    m_re, m_im = two(mean, c, C)
+    m_re, m_im = load_vector(mean, c, C)
     t_re, t_im, g_rr, g_ri, g_ir, g_ii = merged_gram(partial, m_re, m_im, c, C, S, BS, DOUBLE)
     tl.store(total_out + 2 * c, t_re, mask=c < C)
     tl.store(total_out + 2 * c + 1, t_im, mask=c < C)
