@@ -56,14 +56,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="CPU threads")
     parser.add_argument(
-        "--shape", action="append", type=lambda s: tuple(map(int, s.split("x"))),
-        help="such as 32x64x32x32; may be given several times",
+        "--shape", action="append", type=shape_of, help="such as 32x64x32x32; may be repeated",
     )  # fmt: skip
     parser.add_argument("--channels-last", action="store_true")
     parser.add_argument("--rounds", type=int, help="rounds per shape (default: by size)")
     parser.add_argument("--quick", action="store_true", help="small shapes, few rounds")
     parser.add_argument("--ours-only", action="store_true", help="our engines and stock alone")
     parser.add_argument("--output", type=Path, default=Path("bench"), help="folder for the results")
+
+
+def shape_of(text: str) -> tuple[int, ...]:
+    """(N, C) or (N, C, H, W)."""
+    sizes = text.split("x")
+    if len(sizes) not in (2, 4) or not all(size.isdecimal() and int(size) for size in sizes):
+        raise argparse.ArgumentTypeError(f"expected a shape such as 32x64x32x32, got {text!r}")
+    return tuple(map(int, sizes))
 
 
 def main(args: argparse.Namespace) -> int:

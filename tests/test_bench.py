@@ -42,6 +42,13 @@ def test_each_shape_has_its_candidates_in_ratio_to_stock(rows):
         assert float(group[1]["eval_A_min"]) > 0
 
 
+@pytest.mark.parametrize("shape", ["3x", "axb", "3x4x5", "0x4", "-1x4"])
+def test_what_is_no_shape_is_named(shape, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["bench", f"--shape={shape}"])
+    assert f"expected a shape such as 32x64x32x32, got '{shape}'" in capsys.readouterr().err
+
+
 def test_what_computes_something_else_is_not_timed(monkeypatch):
     args = argparse.Namespace(
         device="cpu", channels_last=False, ours_only=False, rounds=1, quick=True
