@@ -146,13 +146,16 @@ def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
 
     Only whole lines can be written past it: each row or plane of the result must begin with one.
     (Planes of 7×7 whose first and last values are written as usual took four times as long.)
+    What just fills the cache is written past it in planes alone: in rows, which are written in
+    several places at a time, that took a tenth longer in a step and a fifth in evaluation.
     """
     pitches = (fresh.sample,) if fresh.rows else (fresh.sample, fresh.channel)
     if any(pitch * value % LINE for pitch in pitches):
         return ()
     size = fresh.samples * fresh.channels * fresh.length * element
     tensors = {"apply": 2, "apply_backward": 3}
-    return tuple(name for name, count in tensors.items() if count * size >= native.cache_bytes())
+    least = native.cache_bytes() + fresh.rows
+    return tuple(name for name, count in tensors.items() if count * size >= least)
 
 
 def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
