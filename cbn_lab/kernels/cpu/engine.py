@@ -147,7 +147,8 @@ def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
     Only whole lines can be written past it: each row or plane of the result must begin with one.
     (Planes of 7×7 whose first and last values are written as usual took four times as long.)
     What just fills the cache is written past it in planes alone: in rows, which are written in
-    several places at a time, that took a tenth longer in a step and a fifth in evaluation.
+    several places at a time, that took up to an eighth longer in a step, and in evaluation a
+    quarter and more (on a processor with AVX2; others were not tried).
     """
     pitches = (fresh.sample,) if fresh.rows else (fresh.sample, fresh.channel)
     if any(pitch * value % LINE for pitch in pitches):

@@ -140,7 +140,8 @@ class Sweep(reference.Sweep):
             self.like = parts if reordered else None
             found = plan(first.shape, first.stride(), first.dtype, device)
         self.plan = found
-        self.x = (first, None) if len(parts) == 1 else (first, in_step(parts[1], first))
+        self.parts = (first,) if len(parts) == 1 else (first, in_step(parts[1], first))
+        self.x = pair(self.parts)
         self.elsewhere = None
         if device.type == "cuda" and device.index != torch.cuda.current_device():
             self.elsewhere = device
@@ -154,12 +155,6 @@ class Sweep(reference.Sweep):
 
     def _new(self, columns: int, single: bool = False) -> Tensor:
         return torch.empty_like(self.plan.like[columns, single])
-
-    def _outputs(self) -> tuple[Tensor, Tensor | None]:
-        return (*outputs_like(self.x if self.x[1] is not None else self.x[:1]), None)[:2]
-
-    def _finished(self, out: tuple[Tensor, Tensor | None]) -> tuple[Tensor, ...]:
-        return put_back(out if out[1] is not None else out[:1], self.like)
 
     # --- forward ---
 
@@ -194,11 +189,11 @@ class Sweep(reference.Sweep):
         return self._apply(None, small(mean), small(covar), weight, bias)
 
     def _apply(self, partial, mean, covar, weight, bias) -> tuple[Tensor, ...]:
-        found, out = self.plan, self._outputs()
-        tensors = *self.x, *out, mean, covar, small(weight), small(bias), partial
+        found, out = self.plan, outputs_like(self.parts)
+        tensors = *self.x, *pair(out), mean, covar, small(weight), small(bias), partial
         numbers = self.eps, found.partial[0], *found.fresh, *found.numbers
         self._run(maps.apply_kernel, found.programs, tensors, numbers, found.apply)
-        return self._finished(out)
+        return put_back(out, self.like)
 
     def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
         if running is None:
@@ -228,7 +223,7 @@ class Sweep(reference.Sweep):
         return self._apply_backward(self._gram_slices(), weight, None, None, count)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
-        self.g = (*[in_step(grad, self.x[0]) for grad in grads], None)[:2]
+        self.g = pair(tuple([in_step(grad, self.x[0]) for grad in grads]))
         self.mean, self.covar = small(mean), small(covar)
 
     def _gram_slices(self) -> Tensor:
@@ -255,15 +250,15 @@ class Sweep(reference.Sweep):
         return self._apply_backward(None, weight, small(total), small(product), count)
 
     def _apply_backward(self, partial, weight, total, product, count):
-        found, out = self.plan, self._outputs()
+        found, out = self.plan, outputs_like(self.parts)
         single = weight is not None and weight.dtype is torch.float32
         gradients = self._new(3, single), self._new(2, single)
         state = self.mean, self.covar, small(weight), total, product, partial
-        tensors = *self.x, *self.g, *out, *state, *gradients
+        tensors = *self.x, *self.g, *pair(out), *state, *gradients
         numbers = self.eps, float(count or 1), found.partial[0], *found.fresh, *found.numbers
         constants = found.apply | dict(TRAINING=count is not None)
         self._run(maps.apply_backward_kernel, found.programs, tensors, numbers, constants)
-        return self._finished(out), *gradients
+        return put_back(out, self.like), *gradients
 
 
 def launch(
@@ -299,6 +294,11 @@ def launch(
     compiled = kernel[programs,](*given, *numbers, **constants)
     if aligned and not INTERPRETED:
         ready[key] = compiled
+
+
+def pair(parts: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+    """Real and imaginary numbers, or both alternating and None."""
+    return parts if len(parts) == 2 else (parts[0], None)
 
 
 def small(tensor: Tensor | None) -> Tensor | None:
