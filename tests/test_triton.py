@@ -174,7 +174,8 @@ def test_a_kernel_is_started_at_once_only_for_the_same_kinds_of_tensors(engine, 
     monkeypatch.setattr(engine, "INTERPRETED", False)
     calls, ready, kernel = [], {}, Kernel("jit")
     flat = torch.zeros(64, device=DEVICE)
-    for tensors in [(flat, None), (flat, None), (flat[1:], None), (flat, flat), (flat.double(),)]:
+    others = (flat[1:], None), (flat, flat), (flat.double(), None)
+    for tensors in [(flat, None), (flat, None), *others]:
         engine.launch(ready, kernel, 7, tensors, (3, 0.5), {"BB": 2})
     assert [name for name, *_ in calls] == ["jit", "compiled", "jit", "jit", "jit"]
     assert calls[1][1:] == ((7, 1, 1), (flat.data_ptr(), None, 3, 0.5, 2), {})
