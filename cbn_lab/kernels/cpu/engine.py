@@ -26,7 +26,6 @@ from cbn_lab.kernels.layout import (
     can_be_written,
     in_and_out,
     in_step,
-    is_simple,
     likes,
     outputs_like,
     put_back,
@@ -146,17 +145,13 @@ def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
 
     Only whole lines can be written past it: each row or plane of the result must begin with one.
     (Planes of 7×7 whose first and last values are written as usual took four times as long.)
-    What just fills the cache is written past it in planes alone: in rows, which are written in
-    several places at a time, that took up to an eighth longer in a step, and in evaluation a
-    quarter and more (on a processor with AVX2; others were not tried).
     """
     pitches = (fresh.sample,) if fresh.rows else (fresh.sample, fresh.channel)
     if any(pitch * value % LINE for pitch in pitches):
         return ()
     size = fresh.samples * fresh.channels * fresh.length * element
     tensors = {"apply": 2, "apply_backward": 3}
-    least = native.cache_bytes() + fresh.rows
-    return tuple(name for name, count in tensors.items() if count * size >= least)
+    return tuple(name for name, count in tensors.items() if count * size >= native.cache_bytes())
 
 
 def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
@@ -235,7 +230,7 @@ class Sweep(reference.Sweep):
         if tensor is None:
             return 0
         dtype = torch.float32 if single else torch.float64
-        if tensor.dtype is not dtype or not is_simple(tensor):
+        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.is_neg():
             tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
             self.keep.append(tensor)
         return tensor.data_ptr()

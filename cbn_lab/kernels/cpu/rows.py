@@ -27,7 +27,7 @@ from cbn_lab.kernels.cpu.tools import (
 
 GROUPS = {MOMENTS: 4, GRAM: 4, FORWARD: 4, BACKWARD: 6}  # centre and sums, or the map
 ROWS = 256  # summed in the working precision before they go to float64
-AHEAD = 8192  # bytes: between several streams and a tile the processor's prefetching falls behind
+AHEAD = 2048  # bytes: between several streams and a tile the processor's prefetching falls behind
 NARROW = 256  # channels: with fewer, a tile stays in the nearest cache while rows run by it
 
 
@@ -150,21 +150,25 @@ def strip(form, dtype, step, which):
 def all_rows(dtype, step, which):
     """Do n channels from c on of the rows top … bottom.
 
-    Two or four rows share a visit to the tile, four where it is large. They lie far apart: each
-    then goes on where it was, as the processor's prefetching expects. Neighbouring ones took three
-    times as long. For the gram matrix, which reads two tensors, four are too many.
+    Two rows share a visit to the tile, in moments of many channels four. They lie far apart: each
+    then goes on where it was, as the processor's prefetching expects. Neighbouring ones took half
+    as long again. Past the cache goes one row at a time: memory is slow to be written in several
+    places, with 512 channels two to four times as slow.
     """
+    many, writes = 4 if which == MOMENTS else 2, which in (FORWARD, BACKWARD)
     whole = streamed = strip(cells.vectors(dtype, step, ahead=AHEAD), dtype, step, which)
-    if which in (FORWARD, BACKWARD):
+    if writes:
         form = cells.vectors(dtype, step, lanes.stream, AHEAD)
         streamed = strip(form, dtype, step, which)
     rest, at = strip(cells.single(dtype, dtype, step), dtype, step, which), places(dtype, step)
-    few = which == GRAM
 
     @plain
     def run(job, tile, c, n, top, bottom):
         while top < bottom:
-            count = min(2 if few or n <= NARROW else 4, bottom - top)
+            together = 2 if n <= NARROW else many
+            if writes and job.stream != 0:
+                together = 1
+            count = min(together, bottom - top)
             share = (bottom - top) // count
             pitch = job.x_sample * share, job.g_sample * share, job.y_sample * share
             for r in range(top, top + share):
