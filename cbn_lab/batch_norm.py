@@ -259,26 +259,24 @@ class NormBase(nn.Module):
         """Whether a call moves the running statistics, and counts."""
         return self.training and self.track_running_stats
 
-    def state(self, name: str) -> Tensor | None:
-        """A parameter or buffer; as an attribute it would be looked for elsewhere first."""
-        for kept in (self._parameters, self._buffers):
-            if name in kept:
-                return kept[name]
-        return getattr(self, name)  # computed by torch.nn.utils.parametrize
+    def state(self) -> list[Tensor | None]:
+        """Statistics and parameters; as attributes they would be looked for elsewhere first."""
+        p, b = self._parameters, self._buffers
+        names = *self.initial_statistics, *self.initial_parameters
+        # One that is in neither is computed by torch.nn.utils.parametrize.
+        return [p[n] if n in p else b[n] if n in b else getattr(self, n) for n in names]
 
     def call(self, function: Any, input: Any, **more: Any) -> Any:
         """Call the functional form ``function`` with this module's state, in the right mode."""
-        updates = self.updates
-        unused = self.training and not updates
-        statistics = [None if unused else self.state(name) for name in self.initial_statistics]
+        state, count = self.state(), len(self.initial_statistics)
+        training, updates = self.training, self.updates
+        if training and not updates:
+            state[:count] = [None] * count
+        elif not training:
+            training = all([statistic is None for statistic in state[:count]])
+        momentum = self.average_factor() if updates else 0.0
         return function(
-            input,
-            *statistics,
-            *[self.state(name) for name in self.initial_parameters],
-            training=self.training or all([value is None for value in statistics]),
-            momentum=self.average_factor() if updates else 0.0,
-            eps=self.eps,
-            **more,
+            input, *state, training=training, momentum=momentum, eps=self.eps, **more
         )
 
     def average_factor(self) -> float | Tensor:
