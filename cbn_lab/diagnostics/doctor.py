@@ -75,10 +75,15 @@ def _load(target: str) -> Callable[[], Any]:
 def _import(name: str) -> Any:
     if not name.endswith(".py"):
         sys.path.insert(0, os.getcwd())
-        return importlib.import_module(name)
+        try:
+            return importlib.import_module(name)
+        except ModuleNotFoundError as error:
+            if f"{name}.".startswith(f"{error.name}."):  # itself, not what it imports
+                raise CannotRun(f"cannot import {name}: {error}") from None
+            raise
     path = Path(name).resolve()
     if not path.is_file():
-        raise FileNotFoundError(f"no file {path}")
+        raise CannotRun(f"cannot import {name}: no file {path}")
     sys.path.insert(0, str(path.parent))  # its neighbours can be imported, as when it is run
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -100,10 +105,10 @@ def _built(factory: Callable[[], Any], target: str) -> tuple[Callable[[], Any], 
 
 
 def _attempt(what: str, action: Callable[[], Any]) -> Any:
-    """Run the user's code; whatever it raises, short of Ctrl-C, becomes a reason."""
+    """Run the user's code; whatever it raises, short of Ctrl-C, is shown and becomes a reason."""
     try:
         return action()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, CannotRun):
         raise
     except BaseException as error:  # sys.exit() in a script included
         traceback.print_exc()

@@ -88,6 +88,8 @@ def test_what_cannot_be_run_exits_2_with_the_reason(doctor, target, reason):
     status, out, err = doctor(target, "--json")
     assert status == 2 and reason in err
     assert reason in json.loads(out)["error"]
+    # Where the user's own code failed, and there alone, they need to see where.
+    assert ("Traceback" in err) is (target in ("broken:factory", "loops:fails"))
 
 
 def run_pytest(tmp_path, body, *arguments):
