@@ -262,7 +262,7 @@ class NormBase(nn.Module):
     def state(self) -> list[Tensor | None]:
         """Statistics and parameters; as attributes they would be looked for elsewhere first."""
         p, b = self._parameters, self._buffers
-        names = *self.initial_statistics, *self.initial_parameters
+        names = list(self.initial_statistics) + list(self.initial_parameters)
         # One that is in neither is computed by torch.nn.utils.parametrize.
         return [p[n] if n in p else b[n] if n in b else getattr(self, n) for n in names]
 
@@ -271,7 +271,7 @@ class NormBase(nn.Module):
         state, count = self.state(), len(self.initial_statistics)
         training, updates = self.training, self.updates
         if training and not updates:
-            state[:count] = [None] * count
+            state = [None] * count + state[count:]
         elif not training:
             training = all([statistic is None for statistic in state[:count]])
         momentum = self.average_factor() if updates else 0.0

@@ -206,7 +206,7 @@ class _ComplexBatchNorm(_ComplexNormBase):
     def run(self, function, input):
         """:meth:`call`; the engine counts the batch, as it moves the statistics."""
         # An addition here would take as long as the arithmetic of a small layer.
-        counter = self._buffers["num_batches_tracked"] if self.updates else None
+        counter = self.num_batches_tracked if self.updates else None
         return self.call(function, input, num_batches_tracked=counter)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:

@@ -442,9 +442,23 @@ def test_views_as_input(view):
     torch.testing.assert_close(z.grad, w.grad, atol=1e-4, rtol=1e-4)
 
 
+def test_parameters_that_are_computed_or_lent_are_used():
+    class Twice(torch.nn.Module):
+        def forward(self, value):
+            return 2 * value
+
+    z, bn = oracle.correlated(4, 3, 5, 5), ComplexBatchNorm2d(3)
+    torch.nn.init.ones_(bn.bias)
+    once = bn(z)
+    lent = torch.func.functional_call(bn, {"bias": torch.full((3, 2), 3.0)}, (z,))
+    torch.testing.assert_close(lent - once, torch.full_like(z, 2 + 2j))
+    torch.nn.utils.parametrize.register_parametrization(bn, "bias", Twice())
+    torch.testing.assert_close(bn(z) - once, torch.full_like(z, 1 + 1j))
+
+
 def test_compiles_without_a_break():
     z = oracle.correlated(4, 3, 5, 5).requires_grad_()
-    for options in ({}, {"momentum": None}, {"affine": False}):
+    for options in ({}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}):
         plain, compiled = ComplexBatchNorm2d(3, **options), ComplexBatchNorm2d(3, **options)
         run = torch.compile(compiled, fullgraph=True, backend="aot_eager")
         for _ in range(2):

@@ -83,6 +83,7 @@ def test_any_layout_against_float64(z, affine, pair, eps, scale):
     statistics = expected.mean, expected.covar
     F.complex_batch_norm(leaves[2], *statistics, weight, bias, eps=eps).backward(g)
     difference = (leaves[0].grad - leaves[1].grad).abs().max()
+    # And float64 itself keeps no more than its precision times the condition of V.
     limit = max(limit, torch.finfo(torch.float64).eps * condition(expected.covar, eps))
     assert difference <= limit * leaves[2].grad.abs().max()
 

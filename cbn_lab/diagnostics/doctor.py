@@ -59,7 +59,7 @@ def main(args: argparse.Namespace) -> int:
 def _load(target: str) -> Callable[[], Any]:
     """The factory that ``target`` names."""
     module_name, colon, factory_name = target.rpartition(":")
-    if not (colon and module_name and factory_name):
+    if not (colon and module_name and factory_name) or module_name.startswith("."):
         raise CannotRun(
             f"expected MODULE:FACTORY, such as train.py:make_step, got {target!r}; FACTORY is a "
             "function of yours that returns a training step, itself a function without arguments"

@@ -46,6 +46,7 @@ FACTORIES = """
 def doctor(tmp_path, monkeypatch, capsys):
     lines = [line[4:] for line in FACTORIES.splitlines()]
     (tmp_path / "loops.py").write_text("\n".join(lines))
+    (tmp_path / "needs.py").write_text("import absent\n")
     (tmp_path / "broken.py").write_text("import sys\nsys.exit('no data')\n")
 
     def run(*arguments):
@@ -55,7 +56,7 @@ def doctor(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield run
-    for name in ("loops", "broken"):
+    for name in ("loops", "broken", "needs"):
         sys.modules.pop(name, None)
 
 
@@ -75,6 +76,10 @@ def test_json_from_a_file_of_a_clean_loop_exits_0(doctor):
     "target, reason",
     [
         ("nowhere:factory", "No module named 'nowhere'"),
+        ("nowhere.train:factory", "No module named 'nowhere'"),
+        ("loops.sub:factory", "'loops' is not a package"),
+        (".loops:cured", "expected MODULE:FACTORY"),
+        ("needs:factory", "No module named 'absent'"),
         ("missing.py:factory", "no file"),
         ("broken:factory", "SystemExit: no data"),
         ("loops:nothing", "loops has no nothing"),
@@ -89,7 +94,9 @@ def test_what_cannot_be_run_exits_2_with_the_reason(doctor, target, reason):
     assert status == 2 and reason in err
     assert reason in json.loads(out)["error"]
     # Where the user's own code failed, and there alone, they need to see where.
-    assert ("Traceback" in err) is (target in ("broken:factory", "loops:fails"))
+    assert ("Traceback" in err) is (
+        target in ("needs:factory", "broken:factory", "loops:fails")
+    )
 
 
 def run_pytest(tmp_path, body, *arguments):

@@ -26,6 +26,7 @@ from cbn_lab.kernels.layout import (
     can_be_written,
     in_and_out,
     in_step,
+    is_simple,
     likes,
     outputs_like,
     put_back,
@@ -141,7 +142,7 @@ def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
 
 
 def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
-    """The sweeps whose data do not fit the cache, so that the result would not stay there anyway.
+    """The sweeps whose data fill the cache or more, so that the result would not stay there long.
 
     Only whole lines can be written past it: each row or plane of the result must begin with one.
     (Planes of 7×7 whose first and last values are written as usual took four times as long.)
@@ -230,7 +231,7 @@ class Sweep(reference.Sweep):
         if tensor is None:
             return 0
         dtype = torch.float32 if single else torch.float64
-        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.is_neg():
+        if tensor.dtype is not dtype or not is_simple(tensor):
             tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
             self.keep.append(tensor)
         return tensor.data_ptr()
