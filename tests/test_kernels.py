@@ -214,6 +214,19 @@ def test_half_a_line_is_never_written_past_the_cache(monkeypatch):
     cpu_engine.plan.cache_clear()
 
 
+def test_data_that_fill_the_cache_are_written_past_it(monkeypatch):
+    z = torch.empty(64, 32, dtype=torch.cfloat)
+    for cache, expected in (
+        (2 * z.nbytes, ("apply", "apply_backward")),
+        (2 * z.nbytes + 1, ("apply_backward",)),
+        (3 * z.nbytes + 1, ()),
+    ):
+        monkeypatch.setattr(native, "cache_bytes", lambda cache=cache: cache)
+        cpu_engine.plan.cache_clear()
+        assert cpu_engine.plan(z.shape, z.stride(), z.dtype, 1).streams == expected
+    cpu_engine.plan.cache_clear()
+
+
 def test_two_calls_at_a_time_have_scratch_memory_of_their_own():
     z = oracle.correlated(4, 3, 8, 8)
     F.complex_batch_norm(z, None, None, training=True)  # leaves its memory for one of the two

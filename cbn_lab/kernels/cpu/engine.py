@@ -10,7 +10,7 @@ Results do not depend on the number of threads: the work is cut the same way for
 import ctypes
 import functools
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,7 +92,7 @@ class Plan:
     places: dict[str, int]  # where in it what begins
     threads: int  # that are worth starting
     streams: tuple[str, ...]  # the sweeps that write past the cache
-    like: dict[tuple[int, bool], Tensor]
+    like: dict[tuple[int, bool], Tensor] = field(repr=False)  # without memory: not to be shown
 
 
 @functools.lru_cache(1024)

@@ -5,7 +5,7 @@ each slice, then x̄. Python is not told what the sums are: nothing waits for th
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ class Plan:
     tile: dict[str, int]
     apply: dict[str, int]
     merge: dict[str, int]
-    like: dict[tuple[int, bool], Tensor]
+    like: dict[tuple[int, bool], Tensor] = field(repr=False)  # without memory: not to be shown
     ready: dict[tuple, Any]  # compiled kernels
 
 
