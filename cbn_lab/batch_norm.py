@@ -269,11 +269,10 @@ class NormBase(nn.Module):
     def call(self, function: Any, input: Any, **more: Any) -> Any:
         """Call the functional form ``function`` with this module's state, in the right mode."""
         state, count = self.state(), len(self.initial_statistics)
-        training, updates = self.training, self.updates
-        if training and not updates:
+        updates = self.updates
+        if self.training and not updates:
             state = [None] * count + state[count:]
-        elif not training:
-            training = all([statistic is None for statistic in state[:count]])
+        training = self.training or all([statistic is None for statistic in state[:count]])
         momentum = self.average_factor() if updates else 0.0
         return function(
             input, *state, training=training, momentum=momentum, eps=self.eps, **more
