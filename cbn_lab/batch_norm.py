@@ -248,35 +248,38 @@ class NormBase(nn.Module):
         checks.check_channels(input, self.num_features)
 
     def run(self, function: Any, input: Any) -> Any:
-        """:meth:`call`; the batch is counted only once that has succeeded."""
-        output = self.call(function, input)
-        if self.updates and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        """Call the functional form; the batch is counted only once that has succeeded."""
+        *state, count, training, momentum = self.arguments()
+        output = function(input, *state, training=training, momentum=momentum, eps=self.eps)
+        if count is not None:
+            count.add_(1)
         return output
 
-    @property
-    def updates(self) -> bool:
-        """Whether a call moves the running statistics, and counts."""
-        return self.training and self.track_running_stats
+    def arguments(self) -> tuple[Any, ...]:
+        """What a functional form is told of the mode that this module is in.
 
-    def state(self) -> list[Tensor | None]:
-        """Statistics and parameters; as attributes they would be looked for elsewhere first."""
-        p, b = self._parameters, self._buffers
-        names = list(self.initial_statistics) + list(self.initial_parameters)
-        # One that is in neither is computed by torch.nn.utils.parametrize.
-        return [p[n] if n in p else b[n] if n in b else getattr(self, n) for n in names]
+        Returns:
+            statistics, weight, bias, the counter if the batch counts, ``training``, ``momentum``.
+        """
+        mean, spread, weight, bias, count = self.state()
+        if self.training and self.track_running_stats:
+            momentum = self.average_factor() if self.momentum is None else self.momentum
+            return mean, spread, weight, bias, count, True, momentum
+        if self.training:  # neither used nor moved
+            return None, None, weight, bias, None, True, 0.0
+        return mean, spread, weight, bias, None, mean is None and spread is None, 0.0
 
-    def call(self, function: Any, input: Any, **more: Any) -> Any:
-        """Call the functional form ``function`` with this module's state, in the right mode."""
-        state, count = self.state(), len(self.initial_statistics)
-        updates = self.updates
-        if self.training and not updates:
-            state = [None] * count + state[count:]
-        training = self.training or all([statistic is None for statistic in state[:count]])
-        momentum = self.average_factor() if updates else 0.0
-        return function(
-            input, *state, training=training, momentum=momentum, eps=self.eps, **more
-        )
+    def state(self) -> tuple[Tensor | None, ...]:
+        """Statistics, weight, bias, counter; as attributes they would be looked for elsewhere."""
+        buffers, parameters = self._buffers, self._parameters
+        mean, spread = self.initial_statistics
+        try:
+            statistics = buffers[mean], buffers[spread]
+            count = buffers["num_batches_tracked"]
+            return *statistics, parameters["weight"], parameters["bias"], count
+        except KeyError:  # one of them is computed by torch.nn.utils.parametrize
+            names = mean, spread, "weight", "bias", "num_batches_tracked"
+            return tuple([getattr(self, name) for name in names])
 
     def average_factor(self) -> float | Tensor:
         """The weight of the batch at hand, which has not been counted yet."""

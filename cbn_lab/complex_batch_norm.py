@@ -52,15 +52,43 @@ def complex_batch_norm(
         ValueError: wrong shapes, one value per channel in training, no statistics in evaluation.
         TypeError: a real tensor where a complex one is due.
     """
-    parts = check_arguments(input, running_mean, running_covar, weight, bias, training)
+    state = running_mean, running_covar, weight, bias, num_batches_tracked
+    return whitened(input, *state, training, momentum, eps, engine)
+
+
+def whitened(
+    input: Tensor | Pair,
+    running_mean: Tensor | None,
+    running_covar: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    batches: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    engine: str = "auto",
+    layer: NormBase | None = None,
+) -> Tensor | Pair:
+    """:func:`complex_batch_norm`, also for a layer, which says by itself what input it takes."""
+    parts = tuple(input) if isinstance(input, (tuple, list)) else (input,)
+    given = *parts, running_mean, running_covar, weight, bias, batches
+    settings = training, engine, None if layer is None else (layer.num_features, layer.ranks)
+    known = kernels.recall_call(given, settings)
+    if known is None:
+        if layer is not None:
+            layer.check_input(part_of(input))
+        check_arguments(input, running_mean, running_covar, weight, bias, training)
+        checks.check_counter(batches)
+        if training:
+            checks.check_enough_values(parts[0])
+        known = kernels.learn_call(given, settings)
     checks.check_settings(eps, momentum, training)
-    checks.check_counter(num_batches_tracked)
-    running, statistics = None, (running_mean, running_covar)
+    mean, covar, running = running_mean, running_covar, None
     if training:
-        unbiased = bessel(checks.check_enough_values(parts[0]))
-        running = Running(*statistics, num_batches_tracked, momentum, unbiased)
-        statistics = None, None
-    output = kernels.whiten(parts, *statistics, weight, bias, eps, engine, running)
+        mean = covar = None
+        unbiased = bessel(kernels.values_per_channel(parts[0]))
+        running = Running(running_mean, running_covar, batches, momentum, unbiased)
+    output = kernels.whiten(parts, mean, covar, weight, bias, eps, engine, running, known)
     return output if len(output) == 2 else output[0]
 
 
@@ -80,9 +108,9 @@ def check_arguments(
     checks.check_shape("running_covar", running_covar, (c, 3), device)
     checks.check_shape("weight", weight, (c, 3), device)
     checks.check_shape("bias", bias, (c, 2), device)
-    if not training and (running_mean is None or running_covar is None):
+    if not training:
         checks.check_statistics_given(running_mean=running_mean, running_covar=running_covar)
-    return (input,) if isinstance(input, Tensor) else tuple(input)
+    return tuple(input) if isinstance(input, (tuple, list)) else (input,)
 
 
 def channels(re: Tensor, *given: Tensor | None) -> int:
@@ -138,18 +166,6 @@ def naive_complex_batch_norm(
 
 
 class _ComplexNormBase(NormBase):
-    function = None  # the functional form that a subclass runs, with the keywords of its base's
-
-    def forward(
-        self,
-        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
-        imag: Float[Tensor, "N C *spatial"] | None = None,
-    ) -> Complex[Tensor, "N C *spatial"] | Pair:
-        """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
-        value = input if imag is None else (input, imag)
-        self.check_input(part_of(value))
-        return self.run(type(self).function, value)
-
     def parameter_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """``dtype=torch.complex64`` asks for float32: parameters and statistics are real."""
         return dtype.to_real() if dtype is not None and dtype.is_complex else dtype
@@ -177,9 +193,18 @@ class _ComplexNormBase(NormBase):
 
 
 class _NaiveComplexBatchNorm(_ComplexNormBase):
-    function = naive_complex_batch_norm
     initial_parameters = {"weight": (1.0, 1.0), "bias": (0.0, 0.0)}
     initial_statistics = {"running_mean": (0.0, 0.0), "running_var": (1.0, 1.0)}
+
+    def forward(
+        self,
+        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
+        imag: Float[Tensor, "N C *spatial"] | None = None,
+    ) -> Complex[Tensor, "N C *spatial"] | Pair:
+        """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
+        value = input if imag is None else (input, imag)
+        self.check_input(part_of(value))
+        return self.run(naive_complex_batch_norm, value)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """Two real layers, complexPyTorch's ``bn_r`` and ``bn_i``, become our two columns."""
@@ -195,7 +220,6 @@ class _NaiveComplexBatchNorm(_ComplexNormBase):
 
 
 class _ComplexBatchNorm(_ComplexNormBase):
-    function = complex_batch_norm
     # 1/√2 twice: whitened parts have variance 1 each, so this Γ makes the total variance 1.
     initial_parameters = {"weight": (math.sqrt(0.5), math.sqrt(0.5), 0.0), "bias": (0.0, 0.0)}
     initial_statistics = {
@@ -203,11 +227,16 @@ class _ComplexBatchNorm(_ComplexNormBase):
         "running_covar": (math.sqrt(0.5), math.sqrt(0.5), 0.0),
     }
 
-    def run(self, function, input):
-        """:meth:`call`; the engine counts the batch, as it moves the statistics."""
-        # An addition here would take as long as the arithmetic of a small layer.
-        counter = self.num_batches_tracked if self.updates else None
-        return self.call(function, input, num_batches_tracked=counter)
+    def forward(
+        self,
+        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
+        imag: Float[Tensor, "N C *spatial"] | None = None,
+    ) -> Complex[Tensor, "N C *spatial"] | Pair:
+        """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
+        value = input if imag is None else (input, imag)
+        # The engine counts the batch with the statistics: an addition of its own would take as long
+        # as the arithmetic of a small layer.
+        return whitened(value, *self.arguments(), self.eps, layer=self)
 
     def _load_from_state_dict(self, state_dict, prefix, *args) -> None:
         """complexPyTorch keeps ``running_mean`` as C complex numbers: the same as (C, 2) reals."""

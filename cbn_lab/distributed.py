@@ -5,7 +5,6 @@ them afterwards (Chan, Golub and LeVeque 1979) does not cancel where the mean is
 squares would. The backward sends Σ g and Σ g·(x − μ)ᵀ in one all-reduce.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -160,8 +159,10 @@ class SyncComplexBatchNorm(_ComplexBatchNorm):
     ) -> Complex[Tensor, "N C *spatial"] | Pair:
         value = input if imag is None else (input, imag)
         self.check_input(part_of(value))
-        function = functools.partial(sync_complex_batch_norm, process_group=self.process_group)
-        return self.run(function, value)
+        *state, count, training, momentum = self.arguments()
+        mode = dict(training=training, momentum=momentum, eps=self.eps)
+        more = dict(num_batches_tracked=count, process_group=self.process_group)
+        return sync_complex_batch_norm(value, *state, **mode, **more)
 
 
 def convert_sync_complex_batchnorm(module: nn.Module, process_group: Any = None) -> nn.Module:

@@ -127,14 +127,14 @@ def test_python_threads_where_there_is_no_openmp(monkeypatch):
     monkeypatch.setattr(native, "openmp", lambda: None)
     pools, pool = [], native._pool
     monkeypatch.setattr(native, "_pool", lambda *args: pools.append(args) or pool(*args))
-    cpu_engine.forget()  # plans that know of OpenMP
+    kernels.forget()  # plans that know of OpenMP
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
         found = step(z, g, weight, bias)
     finally:
         torch.set_num_threads(before)
-        cpu_engine.forget()
+        kernels.forget()
     assert len(pools) == 4  # one for each sweep
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
@@ -190,7 +190,7 @@ def test_writing_past_the_cache_changes_no_bit(name, pair, dtype, monkeypatch):
 
     def run(cache):
         monkeypatch.setattr(native, "cache_bytes", lambda: cache)
-        cpu_engine.plan.cache_clear()
+        kernels.forget()
         parts = [t.clone().requires_grad_() for t in ((z.real, z.imag) if pair else (z,))]
         value = tuple(parts) if pair else parts[0]
         y = F.complex_batch_norm(value, None, None, weight, bias, training=True)
@@ -200,18 +200,18 @@ def test_writing_past_the_cache_changes_no_bit(name, pair, dtype, monkeypatch):
         return chosen, [*y, *(part.grad for part in parts)]
 
     (none, kept), (both, past) = run(1 << 60), run(1)
-    cpu_engine.plan.cache_clear()
+    kernels.forget()
     assert none == () and both == (("apply", "apply_backward") if streamed else ())
     assert all(torch.equal(a, b) for a, b in zip(kept, past, strict=True))
 
 
 def test_half_a_line_is_never_written_past_the_cache(monkeypatch):
     monkeypatch.setattr(native, "cache_bytes", lambda: 1)
-    cpu_engine.plan.cache_clear()
+    kernels.forget()
     for length, expected in ((28, ()), (32, ("apply", "apply_backward"))):  # 3.5 and 4 lines
         z = torch.empty(3, 5, 1, length, dtype=torch.cfloat)
         assert cpu_engine.plan(z.shape, z.stride(), z.dtype, 1).streams == expected
-    cpu_engine.plan.cache_clear()
+    kernels.forget()
 
 
 def test_data_that_fill_the_cache_are_written_past_it(monkeypatch):
@@ -222,9 +222,9 @@ def test_data_that_fill_the_cache_are_written_past_it(monkeypatch):
         (3 * z.nbytes + 1, ()),
     ):
         monkeypatch.setattr(native, "cache_bytes", lambda cache=cache: cache)
-        cpu_engine.plan.cache_clear()
+        kernels.forget()
         assert cpu_engine.plan(z.shape, z.stride(), z.dtype, 1).streams == expected
-    cpu_engine.plan.cache_clear()
+    kernels.forget()
 
 
 def test_two_calls_at_a_time_have_scratch_memory_of_their_own():
@@ -233,7 +233,7 @@ def test_two_calls_at_a_time_have_scratch_memory_of_their_own():
     sweeps = [cpu_engine.Sweep((z,), 1e-5) for _ in range(2)]
     for sweep in sweeps:
         sweep.moments()
-    used = {sweep.job.partial for sweep in sweeps}
+    used = {sweep.work.job.partial for sweep in sweeps}
     assert len(used) == 2
     y, *statistics = sweeps[1].forward(None, None, None, None)
     work = sweeps[1].work
@@ -397,7 +397,8 @@ def test_a_kind_that_cannot_be_compiled_falls_back_with_one_warning(monkeypatch)
     def fail(*args):
         raise ImportError("no numba today")
 
-    monkeypatch.setattr(module, "Sweep", fail)
+    kernels.forget()
+    monkeypatch.setattr(module, "plan", fail)
     z = oracle.correlated(4, 3, 5)
     with pytest.warns(UserWarning, match="numba engine cannot be loaded.*no numba today"):
         got = F.complex_batch_norm(z, None, None, training=True)
@@ -516,6 +517,7 @@ def test_an_engine_that_cannot_load_warns_once_and_is_replaced(monkeypatch):
     module = operator.load_engine("numba")
     monkeypatch.setattr(module, "check_available", fail)
     monkeypatch.setattr(operator, "_loaded", {"reference": kernels.reference})
+    kernels.forget()
     z = oracle.correlated(4, 2)
     with pytest.warns(UserWarning, match="numba engine cannot be loaded.*no loops today"):
         y = F.complex_batch_norm(z, None, None, training=True)

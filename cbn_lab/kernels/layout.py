@@ -105,7 +105,7 @@ def in_step(tensor: Tensor, model: Tensor) -> Tensor:
 
 
 def outputs_like(parts: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return tuple([torch.empty_like(parts[0]) for _ in parts])
+    return tuple(map(torch.empty_like, parts))
 
 
 def put_back(out: tuple[Tensor, ...], like: tuple[Tensor, ...] | None) -> tuple[Tensor, ...]:

@@ -7,16 +7,23 @@ same code without the dispatcher, which would cost more than the arithmetic of a
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_tracing_state,
+    _len_torch_dispatch_stack,
+)
 from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
-from cbn_lab.kernels import reference
+from cbn_lab.kernels import recall, reference
+from cbn_lab.kernels.recall import Known
 from cbn_lab.running_stats import Running
 
 ENGINES = {
@@ -39,8 +46,9 @@ def whiten(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    engine: str = "auto",
-    running: Running | None = None,
+    engine: str,
+    running: Running | None,
+    known: Known | None,
 ) -> Parts:
     """Whiten ``parts`` by the given statistics, or by their own where these are None.
 
@@ -51,39 +59,77 @@ def whiten(
         eps: added to both variances.
         engine: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
         running: moved towards the statistics of the batch, once all has succeeded.
+        known: what :func:`recall_call` or :func:`learn_call` has said of the call.
 
     Returns:
         the output in the form of ``parts``.
     """
-    check_engine(engine, parts[0].device.type)
-    args = (parts[0], parts[1] if len(parts) == 2 else None, mean, covar, weight, bias, eps, engine)
-    if not is_plain(*args[:6]):
-        run = torch.ops.cbn_lab.complex_batch_norm
-    elif torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        run = Whiten.apply  # which refuses what it cannot do
-    else:
-        if torch.is_grad_enabled():
-            found: list = []
-            output = WhitenAtOnce.apply(*args[:2], weight, bias, (mean, covar, eps, engine, found))
-        else:
-            output, *found = sweep_forward(*args)
+    input, imag = parts if len(parts) == 2 else (parts[0], None)
+    if known is None:
+        return whiten_watched(input, imag, mean, covar, weight, bias, eps, engine, running=running)
+    run = known.direct.forward if known.direct else sweep_forward
+    if torch.is_grad_enabled():
+        found: list = []
+        others = run, mean, covar, eps, engine, found  # as one, for torch looks at each argument
+        output = WhitenAtOnce.apply(input, imag, weight, bias, others)
         mean, covar, sweep = found
-        sweep.finish(running, mean, covar)  # only now: to save the tensors may fail as well
-        return output
-    y, y_imag, mean, covar = run(*args)
+    else:
+        output, mean, covar, sweep = run(input, imag, mean, covar, weight, bias, eps, engine)
+    sweep.finish(running, mean, covar)  # only now: to save the tensors may fail as well
+    return output
+
+
+def whiten_watched(
+    input: Tensor, imag: Tensor | None, *args: Any, running: Running | None
+) -> Parts:
+    """:func:`whiten` as one operator for who watches; torch.func is refused what cannot be."""
+    plain = is_plain(input, imag, *args[:4])
+    run = Whiten.apply if plain else torch.ops.cbn_lab.complex_batch_norm
+    y, y_imag, mean, covar = run(input, imag, *args)
     if running is not None:
         running.update_(mean, covar)
-    return (y,) if len(parts) == 1 else (y, y_imag)
+    return (y,) if imag is None else (y, y_imag)
 
 
 def is_plain(*tensors: Tensor | None) -> bool:
     """Whether nothing watches the call: no compiler, no tracer, no dispatch mode, no subclass."""
     return not (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._get_tracing_state() is not None
+        is_compiling()
+        or _len_torch_dispatch_stack()
+        or _get_tracing_state() is not None
         or not PLAIN.issuperset(map(type, tensors))
     )
+
+
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode differentiation is at work."""
+    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def recall_call(given: tuple[Any, ...], settings: tuple) -> Known | None:
+    """What is known of calls like this one; None where it is watched, or the first of its kind.
+
+    Args:
+        given: input or its parts, running mean and covariance, weight, bias, number of batches.
+        settings: whether in training, the engine, and what else makes calls different.
+    """
+    if not is_plain(*given) or is_transformed():
+        return None
+    return recall.recall(given, settings)
+
+
+def learn_call(given: tuple[Tensor | None, ...], settings: tuple) -> Known | None:
+    """Keep in mind a call whose arguments have passed all checks; None where it is watched."""
+    *parts, mean, covar, weight, bias, batches = given
+    training, engine, *_ = settings
+    check_engine(engine, parts[0].device.type)
+    if not is_plain(*given) or is_transformed():
+        return None
+    if training:
+        found = direct_way(engine, parts, [(weight, bias)], moved=(mean, covar, batches))
+    else:
+        found = direct_way(engine, parts, [(mean, covar), (weight, bias)])
+    return recall.learn(given, settings, found)
 
 
 # --- engines ---------------------------------------------------------------------------------
@@ -128,18 +174,44 @@ def give_up(name: str, error: Exception) -> None:
 
 def forget() -> None:
     """Let go of what the engines keep between calls."""
+    recall.forget()
     for module in _loaded.values():
         getattr(module, "forget", lambda: None)()
 
 
+def chosen(engine: str, part: Tensor) -> tuple[str, ModuleType]:
+    """The engine that suits such a part."""
+    if engine == "auto":
+        engine = NATIVE.get(part.device.type, "reference")
+    if part.numel() == 0:
+        engine = "reference"
+    return engine, _loaded.get(engine) or load_engine(engine)
+
+
+def direct_way(
+    engine: str, parts: Sequence[Tensor], small: list, moved: tuple | None = None
+) -> Any:
+    """The engine's way for tensors that it takes as they are; None if it would copy some.
+
+    Args:
+        parts: of the input, and of the gradient in a backward.
+        small: groups of statistics or parameters which are read together.
+        moved: running mean, running covariance and number of batches, if they are to be moved.
+    """
+    _, module = chosen(engine, parts[0])
+    if not hasattr(module, "direct") or any(wide(part) is not part for part in parts):
+        return None
+    try:
+        return module.direct(parts, small, moved)
+    except ImportError:  # start will say so
+        return None
+
+
 def start(parts: Parts, eps: float, engine: str) -> Any:
     """The sweep over ``parts`` of the engine that suits them."""
-    if engine == "auto":
-        engine = NATIVE.get(parts[0].device.type, "reference")
-    if parts[0].numel() == 0:
-        engine = "reference"
+    engine, module = chosen(engine, parts[0])
     try:
-        return (_loaded.get(engine) or load_engine(engine)).Sweep(parts, eps)
+        return module.Sweep(parts, eps)
     except ImportError as error:  # loops of one kind are on disk, those of another must be compiled
         give_up(engine, error)
         return reference.Sweep(parts, eps)
@@ -201,14 +273,32 @@ def sweep_backward(
     engine: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of input, imag, weight and bias; None for what is not needed or not there."""
-    sweep = start(widened(input, imag), eps, engine)
     count = values_per_channel(input) if training else None
-    x, weight_grad, bias_grad = sweep.backward(
-        widened(grad, grad_imag), mean, covar, weight, count, need_input
-    )
+    tensors = input, imag, grad, grad_imag, mean, covar, weight
+    way = direct_backward(tensors, engine)
+    if way is not None:
+        x, weight_grad, bias_grad = way.backward(*tensors, eps, count, need_input)
+        return *(*x, None, None)[:2], weight_grad, bias_grad
+    sweep, grads = start(widened(input, imag), eps, engine), widened(grad, grad_imag)
+    x, weight_grad, bias_grad = sweep.backward(grads, mean, covar, weight, count, need_input)
     x, x_imag = (*as_dtype(x, input.dtype), None, None)[:2]
     dtypes = gradient_dtypes(weight)
     return x, x_imag, narrowed(weight_grad, dtypes[0]), narrowed(bias_grad, dtypes[1])
+
+
+def direct_backward(tensors: tuple[Tensor | None, ...], engine: str) -> Any:
+    """The engine's way for a backward of which it takes all tensors as they are, or None."""
+    if not PLAIN.issuperset(map(type, tensors)):
+        return None
+    known = recall.recall(tensors, ("backward", engine))
+    if known is None:
+        *parts, mean, covar, weight = tensors
+        parts = [part for part in parts if part is not None]
+        found = None
+        if mean.dtype is covar.dtype is torch.float64:  # as a forward gives them
+            found = direct_way(engine, parts, [(mean, covar), (weight,)])
+        known = recall.learn(tensors, ("backward", engine), found)
+    return known.direct
 
 
 def gradient_dtypes(weight: Tensor | None) -> tuple[torch.dtype, torch.dtype]:
@@ -330,9 +420,9 @@ class WhitenAtOnce(torch.autograd.Function):
         bias: Tensor | None,
         others: tuple,
     ) -> Parts:
-        mean, covar, eps, engine, found = others  # one argument: torch looks at each for itself
+        run, mean, covar, eps, engine, found = others
         args = input, imag, *kept(mean, covar), weight, bias, eps, engine
-        y, *results = sweep_forward(*args)
+        y, *results = run(*args)
         found.extend(results)
         remember(ctx, args, *found[:2])
         return y

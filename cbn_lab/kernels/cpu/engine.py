@@ -8,10 +8,7 @@ Results do not depend on the number of threads: the work is cut the same way for
 """
 
 import ctypes
-import functools
 from collections import OrderedDict
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -20,11 +17,10 @@ from torch.autograd.graph import increment_version
 
 from cbn_lab.kernels import reference
 from cbn_lab.kernels.cpu import native
-from cbn_lab.kernels.cpu.job import LOOPS, TILE, Job, ceil_divide, ceil_to
+from cbn_lab.kernels.cpu.job import Job
+from cbn_lab.kernels.cpu.plan import LINE, Plan, loops, plan
 from cbn_lab.kernels.layout import (
-    Layout,
     can_be_written,
-    in_and_out,
     in_step,
     is_simple,
     likes,
@@ -34,36 +30,9 @@ from cbn_lab.kernels.layout import (
 )
 from cbn_lab.running_stats import Running
 
-TASK_BYTES = 1 << 18  # one task reads this much: enough to forget its start, little enough to share
-TASKS = 256  # at most about so many parts: each costs a row of sums
-SERIAL_BYTES = 1 << 17  # below this a second thread costs more than it does
-TASK_ROWS = 512  # a task costs something by itself, which grows with the channels as its rows do
-FEW_TASKS = 8  # that many there may be all the same, or few rows would be left to one thread
-LINE = 64  # bytes, of a cache line and of a vector
 ROOM, IDLE = 1 << 16, 64  # bytes of scratch memory kept for the next call, and for how many plans
-_idle: OrderedDict["Plan", "Workspace"] = OrderedDict()
-JOB_BYTES = ctypes.sizeof(Job)
-
-
-@functools.cache
-def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native.Loop]:
-    """The loops for one kind of data: loaded, or compiled if that was never done here."""
-    kind = f"{'rows' if rows else 'planes'}_{'f8' if dtype is torch.float64 else 'f4'}"
-    label = f"{kind}_{'interleaved' if interleaved else 'apart'}"
-
-    def build() -> dict[str, tuple[str, bytes]]:
-        from cbn_lab.kernels.cpu import compiled
-
-        return compiled.compile_loops(label, dtype is torch.float64, interleaved, rows)
-
-    folder = Path(__file__).parent
-    texts = ("job", "tools", "lanes", "cells", "algebra", "planes", "rows", "compiled")
-    texts = [folder / f"{name}.py" for name in texts]
-    texts += [folder.parents[1] / f"{name}.py" for name in ("running_stats", "whitening")]
-    source = "".join(path.read_text(encoding="utf-8") for path in texts)
-    names = "whole_forward", "whole_backward", *LOOPS
-    found = native.load([f"{label}.{name}" for name in names], build, source)
-    return {name.split(".")[1]: loop for name, loop in found.items()}
+_idle: OrderedDict[Plan, "Workspace"] = OrderedDict()
+SMALL = {torch.float32, torch.float64}  # dtypes of statistics and parameters that the loops read
 
 
 def check_available() -> None:
@@ -79,102 +48,6 @@ def warm() -> None:
                 loops(dtype, interleaved, rows)
 
 
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """All of a sweep that depends only on shapes and strides; made once and kept."""
-
-    layout: Layout
-    loops: dict[str, native.Loop]
-    job: bytes  # a Job with counts, blocks and strides filled in
-    interleaved: bool
-    size: int  # bytes of a real number
-    room: int  # bytes of scratch memory
-    places: dict[str, int]  # where in it what begins
-    threads: int  # that are worth starting
-    streams: tuple[str, ...]  # the sweeps that write past the cache
-    like: dict[tuple[int, bool], Tensor] = field(repr=False)  # without memory: not to be shown
-
-
-@functools.lru_cache(1024)
-def plan(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, threads: int
-) -> Plan | None:
-    """How to sweep over such a tensor; None if it must be copied first."""
-    both = in_and_out(shape, strides)
-    if both is None:
-        return None
-    found, fresh = both
-    real = dtype.to_real() if dtype.is_complex else dtype
-    step, size = 2 if dtype.is_complex else 1, real.itemsize
-    job = Job(x_sample=step * found.sample, x_channel=step * found.channel)
-    job.g_sample, job.g_channel = job.x_sample, job.x_channel
-    job.y_sample, job.y_channel = step * fresh.sample, step * fresh.channel
-    slices, tasks = cut(job, found, 2 * size)
-    if found.samples * found.channels * found.length * 2 * size <= SERIAL_BYTES:
-        threads = 1
-    code = loops(real, dtype.is_complex, found.rows)
-    for name in LOOPS:
-        setattr(job, name, native.address(code[name]))
-    job.parallel, job.threads = native.address(native.openmp()), min(tasks, threads)
-    room, places = scratch(found.channels, slices)
-    return Plan(
-        layout=found,
-        loops=code,
-        job=bytes(job),
-        interleaved=dtype.is_complex,
-        size=size,
-        room=room,
-        places=places,
-        threads=job.threads,
-        streams=streams(fresh, step * size, 2 * size),
-        like=likes(found.channels, torch.device("cpu")),
-    )
-
-
-def scratch(channels: int, slices: int) -> tuple[int, dict[str, int]]:
-    """Size and division of the scratch memory: so many float64 numbers per channel for each use."""
-    columns = {"partial": 6 * slices, "shift": 2, "wide": 1, "map": 12, "total": 2, "product": 4}
-    places, end = {}, 0
-    for name, count in columns.items():
-        places[name] = end
-        end += 8 * channels * count
-    return end, places
-
-
-def streams(fresh: Layout, value: int, element: int) -> tuple[str, ...]:
-    """The sweeps whose data fill the cache or more, so that the result would not stay there long.
-
-    Only whole lines can be written past it: each row or plane of the result must begin with one.
-    (Planes of 7×7 whose first and last values are written as usual took four times as long.)
-    """
-    pitches = (fresh.sample,) if fresh.rows else (fresh.sample, fresh.channel)
-    if any(pitch * value % LINE for pitch in pitches):
-        return ()
-    size = fresh.samples * fresh.channels * fresh.length * element
-    tensors = {"apply": 2, "apply_backward": 3}
-    return tuple(name for name, count in tensors.items() if count * size >= native.cache_bytes())
-
-
-def cut(job: Job, found: Layout, element: int) -> tuple[int, int]:
-    """Set the blocks, the same for any number of threads; how many slices and tasks they make."""
-    rows, n, c, length, *_ = found
-    job.samples, job.channels, job.length, job.count = n, c, length, n * length
-    job.sample_block, job.channel_block, job.length_block = 1, c, length
-    if rows:
-        job.channel_block = ceil_to(16, ceil_divide(c, ceil_divide(c, TILE)))
-        size = length * job.channel_block * element
-        parts = min(TASKS, size // (2 * TASK_BYTES), max(length // TASK_ROWS, FEW_TASKS))
-        job.length_block = ceil_divide(length, max(1, parts))
-    elif length * element > 4 * TASK_BYTES:  # one channel of one sample is long
-        job.channel_block = 1
-        job.length_block = ceil_to(LINE, max(TASK_BYTES // element, length * n // TASKS))
-    else:
-        job.sample_block = min(n, max(1, TASK_BYTES // (c * length * element), n // TASKS))
-        job.channel_block = min(c, max(1, TASK_BYTES // (length * element)))
-    slices = ceil_divide(n, job.sample_block) * ceil_divide(length, job.length_block)
-    return slices, slices * ceil_divide(c, job.channel_block)
-
-
 def forget() -> None:
     """Let go of what is kept between calls, but not of the loops."""
     plan.cache_clear()
@@ -182,30 +55,145 @@ def forget() -> None:
     _idle.clear()
 
 
-class Workspace(NamedTuple):
-    """A job and its scratch memory; another call gets them once this one is done."""
+class Workspace:
+    """A job and its scratch memory; another call gets them once this one is done.
 
-    job: Job
-    address: int
-    fresh: bytes  # the job as a call finds it
-    room: Tensor
+    What it is given must be as the loops read it, see :func:`direct`. It does a forward or backward
+    in one call of theirs: Python between the steps would take longer than they do.
+    """
+
+    def __init__(self, found: Plan) -> None:
+        self.plan = found
+        self.room = torch.empty(found.room, dtype=torch.uint8, device="cpu")
+        self.job = Job.from_buffer_copy(found.job)
+        for name, place in found.places.items():
+            setattr(self.job, name, self.room.data_ptr() + place)
+        self.address = ctypes.addressof(self.job)
+        self.bytes = memoryview(self.job).cast("B")
+        self.fresh = bytes(self.job)  # as a call finds it
+
+    def run(self, name: str) -> None:
+        self.plan.loops[name](self.address)
+
+    # Each read tells the loops where something is.
+
+    def read(self, parts: tuple[Tensor, ...], eps: float) -> None:
+        job = self.job
+        job.eps = eps
+        job.x_re, job.x_im = parts[0].data_ptr(), parts[-1].data_ptr() + self.plan.beside
+
+    def read_statistics(self, mean: Tensor, covar: Tensor) -> None:
+        job = self.job
+        job.mean, job.covar = mean.data_ptr(), covar.data_ptr()
+        job.statistics_single = mean.dtype is torch.float32
+
+    def read_parameters(self, weight: Tensor | None, bias: Tensor | None = None) -> None:
+        job = self.job
+        if bias is not None:
+            job.bias, job.single = bias.data_ptr(), bias.dtype is torch.float32
+        if weight is not None:
+            job.weight, job.single = weight.data_ptr(), weight.dtype is torch.float32
+
+    def read_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
+        job = self.job
+        job.g_re, job.g_im = grads[0].data_ptr(), grads[-1].data_ptr() + self.plan.beside
+        job.mean, job.covar = mean.data_ptr(), covar.data_ptr()
+
+    def new(self, columns: int, single: bool = False) -> tuple[Tensor, int]:
+        """A small tensor with so many columns, and its address."""
+        tensor = torch.empty_like(self.plan.like[columns, single])
+        return tensor, tensor.data_ptr()
+
+    def outputs(self, parts: tuple[Tensor, ...], sweep: str) -> tuple[Tensor, ...]:
+        """Room for what the sweep writes, with the memory format of the input."""
+        out, job, found = outputs_like(parts), self.job, self.plan
+        job.y_re, job.y_im = out[0].data_ptr(), out[-1].data_ptr() + found.beside
+        if found.large:
+            for part in out:
+                native.ask_for_huge_pages(part)
+        if sweep in found.streams:
+            job.stream = not any(part.data_ptr() % LINE for part in out)
+        return out
+
+    def gradients(self, weight: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
+        """Room for the gradients of weight and bias; ``count`` None: the statistics were given."""
+        self.read_parameters(weight)
+        job = self.job
+        job.training, job.count = (0, 1) if count is None else (1, count)
+        weight_grad, job.weight_grad = self.new(3, job.single)
+        bias_grad, job.bias_grad = self.new(2, job.single)
+        return weight_grad, bias_grad
+
+    def forward(self, parts, mean, covar, weight, bias, eps):
+        """The output, and the statistics that it was made with: those of the batch for None."""
+        job = self.job
+        self.read(parts, eps)
+        if mean is None:
+            job.training = 1
+            mean, job.mean = self.new(2)
+            covar, job.covar = self.new(3)
+        else:
+            self.read_statistics(mean, covar)
+        self.read_parameters(weight, bias)
+        out = self.outputs(parts, "apply")
+        self.run("whole_forward")
+        return out, mean, covar
+
+    def backward(self, parts, grads, mean, covar, weight, eps, count, need_input):
+        """Gradients of input (if needed), weight and bias."""
+        self.read(parts, eps)
+        self.read_gradient(grads, mean, covar)
+        gradients = self.gradients(weight, count)
+        out = self.outputs(parts, "apply_backward") if need_input else ()
+        self.run("whole_backward")
+        self.done()
+        return out, *gradients
+
+    def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
+        if running is None:
+            pass
+        elif isinstance(running.factor, Tensor):
+            running.update_(mean, covar)
+        else:
+            self.move(running)
+        self.done()
+
+    def move(self, running: Running) -> None:
+        mean, covar, batches, factor, unbiased = running
+        job, one = self.job, covar if mean is None else mean
+        job.running_single = one is not None and one.dtype is torch.float32
+        job.running_mean, job.running_covar = address(mean), address(covar)
+        job.batches, job.factor, job.unbiased = address(batches), factor, unbiased
+        self.run("move_running")
+        # Or autograd would not see that they have changed.
+        increment_version([tensor for tensor in running[:3] if tensor is not None])
+
+    def done(self) -> None:
+        """Leave the workspace to others; not called if something was raised before."""
+        if self.plan.room <= ROOM:
+            _idle[self.plan] = self
+            if len(_idle) > IDLE:
+                _idle.popitem(last=False)  # the one that has waited longest
 
 
 def take(found: Plan) -> Workspace:
     """A workspace that no other call has."""
     work = _idle.pop(found, None)
     if work is None:
-        job = Job.from_buffer_copy(found.job)
-        room = torch.empty(found.room, dtype=torch.uint8, device="cpu")
-        for name, place in found.places.items():
-            setattr(job, name, room.data_ptr() + place)
-        return Workspace(job, ctypes.addressof(job), bytes(job), room)
-    ctypes.memmove(work.address, work.fresh, JOB_BYTES)
+        return Workspace(found)
+    work.bytes[:] = work.fresh
     return work
 
 
+def address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+# --- any tensors -------------------------------------------------------------------------------
+
+
 class Sweep(reference.Sweep):
-    """One call's data, described to the loops."""
+    """One call, whose tensors are copied where the loops do not read them as they are."""
 
     def __init__(self, parts: tuple[Tensor, ...], eps: float) -> None:
         """``parts``: one complex tensor, or the real and the imaginary one."""
@@ -216,170 +204,91 @@ class Sweep(reference.Sweep):
             self.like = parts if reordered else None
             found = plan(first.shape, first.stride(), first.dtype, threads)
         self.parts = (first,) if found.interleaved else (first, in_step(parts[1], first))
-        self.plan, self.work = found, take(found)
-        self.job = self.work.job
-        self.job.eps = eps
-        self.job.x_re, self.job.x_im = self._addresses(self.parts)
-
-    def _addresses(self, parts: tuple[Tensor, ...]) -> tuple[int, int]:
-        """Of the first real and of the first imaginary number."""
-        start = parts[0].data_ptr()
-        return start, start + self.plan.size if self.plan.interleaved else parts[1].data_ptr()
-
-    def _small(self, tensor: Tensor | None, single: bool = False) -> int:
-        """The address of a small tensor, which is copied if it is not contiguous float64."""
-        if tensor is None:
-            return 0
-        dtype = torch.float32 if single else torch.float64
-        if tensor.dtype is not dtype or not is_simple(tensor):
-            tensor = tensor.detach().resolve_neg().to(dtype).contiguous()
-            self.keep.append(tensor)
-        return tensor.data_ptr()
-
-    def _new(self, columns: int, single: bool = False) -> tuple[Tensor, int]:
-        """A small tensor with so many columns, and its address."""
-        tensor = torch.empty_like(self.plan.like[columns, single])
-        return tensor, tensor.data_ptr()
-
-    def _run(self, name: str) -> None:
-        self.plan.loops[name](self.work.address)
-
-    def _sweep(self, name: str) -> None:
-        self.job.counter = 0
-        native.parallel(self.plan.loops[name], self.work.address, self.plan.threads, self)
-
-    def _done(self) -> None:
-        """Leave the workspace to others; not if something was raised before."""
-        if self.plan.room <= ROOM:
-            _idle[self.plan] = self.work
-            while len(_idle) > IDLE:
-                _idle.popitem(last=False)  # the one that has waited longest
-        del self.job, self.work
-
-    def _make(self, name: str) -> tuple[Tensor, ...]:
-        """Room for what the sweep called ``name`` writes, with the memory format of the input."""
-        out = outputs_like(self.parts)
-        self.keep.extend(out)
-        if out[0].nbytes > native.HUGE:
-            for part in out:
-                native.ask_for_huge_pages(part)
-        self.job.y_re, self.job.y_im = self._addresses(out)
-        if name in self.plan.streams:
-            self.job.stream = not any(part.data_ptr() % LINE for part in out)
-        return out
+        self.plan, self.work, self.eps = found, take(found), eps
+        self.work.read(self.parts, eps)
+        # Whether steps can only be had one by one, as the threads are Python's.
+        self.stepwise = found.threads > 1 and native.openmp() is None
 
     def forward(self, mean, covar, weight, bias):
-        """The steps below in one call; one by one where threads can only be had from Python."""
-        job = self.job
-        if job.threads > 1 and not job.parallel:
+        if self.stepwise:
             return super().forward(mean, covar, weight, bias)
-        if mean is None:
-            job.training = 1
-            mean, job.mean = self._new(2)
-            covar, job.covar = self._new(3)
-        else:
-            self._take_statistics(mean, covar)
-        self._take_parameters(weight, bias)
-        out = self._make("apply")
-        self._run("whole_forward")
+        state = *self.simple(mean, covar), *self.simple(weight, bias)
+        out, mean, covar = self.work.forward(self.parts, *state, self.eps)
         return put_back(out, self.like), mean, covar
 
     def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
-        if running is not None and not self._moved(running):
+        if running is not None and movable(*running[:3]):
+            self.work.finish(running, mean, covar)
+        else:
             super().finish(running, mean, covar)
-        self._done()
-
-    def _moved(self, running: Running) -> bool:
-        """Move the running statistics, if they are such that a loop can do it."""
-        mean, covar, batches, factor, unbiased = running
-        one = covar if mean is None else mean
-        single = one is not None and one.dtype is torch.float32
-        real, given = torch.float32 if single else torch.float64, []
-        for tensor, dtype in ((mean, real), (covar, real), (batches, torch.int64)):
-            if tensor is not None:
-                if tensor.dtype is not dtype or not (tensor.is_cpu and can_be_written(tensor)):
-                    return False
-                given.append(tensor)
-        if isinstance(factor, Tensor):
-            return False
-        job = self.job
-        job.running_mean = 0 if mean is None else mean.data_ptr()
-        job.running_covar = 0 if covar is None else covar.data_ptr()
-        job.batches = 0 if batches is None else batches.data_ptr()
-        job.running_single, job.factor, job.unbiased = single, factor, unbiased
-        self._run("move_running")
-        increment_version(given)  # or autograd would not see that they have changed
-        return True
+            self.work.done()
+        del self.work
 
     def backward(self, grads, mean, covar, weight, count, need_input):
-        if self.job.threads > 1 and not self.job.parallel:
+        if self.stepwise:
             return super().backward(grads, mean, covar, weight, count, need_input)
-        self._take_gradient(grads, mean, covar)
-        gradients = self._gradients(weight, count)
-        out = self._make("apply_backward") if need_input else ()
-        self._run("whole_backward")
-        self._done()
+        grads, mean, covar = self.in_step(grads, mean, covar)
+        state = grads, mean, covar, *self.simple(weight), self.eps, count, need_input
+        out, *gradients = self.work.backward(self.parts, *state)
+        del self.work
         return put_back(out, self.like) if need_input else (), *gradients
 
-    def _take_statistics(self, mean: Tensor, covar: Tensor) -> None:
-        single = mean.dtype is torch.float32 is covar.dtype
-        self.job.mean, self.job.covar = self._small(mean, single), self._small(covar, single)
-        self.job.statistics_single = single
+    def simple(self, *tensors: Tensor | None) -> list[Tensor | None]:
+        """Statistics or parameters of one dtype, their numbers one after the other."""
+        dtypes = {tensor.dtype for tensor in tensors if tensor is not None}
+        dtype = torch.float32 if dtypes == {torch.float32} else torch.float64
+        return self.kept([as_simple(tensor, dtype) for tensor in tensors])
 
-    def _take_parameters(self, weight: Tensor | None, bias: Tensor | None) -> bool:
-        """Says whether they are handed over in float32: if all that are there have it."""
-        one, other = bias if weight is None else weight, weight if bias is None else bias
-        single = one is not None and one.dtype is torch.float32 is other.dtype
-        self.job.weight, self.job.bias = self._small(weight, single), self._small(bias, single)
-        self.job.single = single
-        return single
+    def in_step(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> tuple:
+        """The gradient as the input lies in memory, and the statistics."""
+        grads = tuple([in_step(grad, self.parts[0]) for grad in grads])
+        return self.kept((grads, as_simple(mean, torch.float64), as_simple(covar, torch.float64)))
 
-    def _take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
-        self.grads = tuple([in_step(grad, self.parts[0]) for grad in grads])
-        self.job.g_re, self.job.g_im = self._addresses(self.grads)
-        self.job.mean, self.job.covar = self._small(mean), self._small(covar)
-
-    def _gradients(self, weight: Tensor | None, count: int | None) -> tuple[Tensor, Tensor]:
-        """Room for the gradients of weight and bias; ``count`` None: the statistics were given."""
-        job, single = self.job, self._take_parameters(weight, None)
-        job.training, job.count = (0, 1) if count is None else (1, count)
-        weight_grad, job.weight_grad = self._new(3, single)
-        bias_grad, job.bias_grad = self._new(2, single)
-        return weight_grad, bias_grad
+    def kept(self, tensors):
+        """Python's threads may be at work on them after Ctrl-C has ended the call."""
+        self.keep += tensors
+        return tensors
 
     # The steps one by one, for who must have what stands between them.
 
+    def _sweep(self, name: str) -> None:
+        self.work.job.counter = 0
+        native.parallel(self.plan.loops[name], self.work.address, self.plan.threads, self)
+
     def moments(self) -> tuple[Tensor, Tensor]:
-        mean, self.job.mean = self._new(2)
-        covar, self.job.covar = self._new(3)
-        self._run("guess")
+        job = self.work.job
+        mean, job.mean = self.work.new(2)
+        covar, job.covar = self.work.new(3)
+        self.work.run("guess")
         self._sweep("moments")
-        self._run("finish_moments")
-        if self.job.wide_found:
-            self.job.only_wide = 1
+        self.work.run("finish_moments")
+        if job.wide_found:
+            job.only_wide = 1
             self._sweep("moments")
-            self._run("finish_moments")
-        return mean, covar
+            self.work.run("finish_moments")
+        return self.kept((mean, covar))
 
     def apply(
         self, mean: Tensor, covar: Tensor, weight: Tensor | None, bias: Tensor | None
     ) -> tuple[Tensor, ...]:
-        self._take_statistics(mean, covar)
-        self._take_parameters(weight, bias)
-        out = self._make("apply")
-        self._run("map_forward")
+        self.work.read_statistics(*self.simple(mean, covar))
+        self.work.read_parameters(*self.simple(weight, bias))
+        out = self.kept(self.work.outputs(self.parts, "apply"))
+        self.work.run("map_forward")
         self._sweep("apply")
         return put_back(out, self.like)
 
     def take_gradient(self, grads: tuple[Tensor, ...], mean: Tensor, covar: Tensor) -> None:
-        self._take_gradient(grads, mean, covar)
-        self._run("shift_to_mean")
+        self.work.read_gradient(*self.in_step(grads, mean, covar))
+        self.work.run("shift_to_mean")
 
     def gram(self) -> tuple[Tensor, Tensor]:
-        total, self.job.total = self._new(2)
-        product, self.job.product = self._new(4)
+        job = self.work.job
+        total, job.total = self.work.new(2)
+        product, job.product = self.work.new(4)
+        self.kept((total, product))
         self._sweep("gram")
-        self._run("finish_gram")
+        self.work.run("finish_gram")
         return total, product.unflatten(1, (2, 2))
 
     def apply_backward(
@@ -391,11 +300,81 @@ class Sweep(reference.Sweep):
         need_input: bool,
     ) -> tuple[tuple[Tensor, ...], Tensor, Tensor]:
         """Gradients of input, weight and bias; ``count`` None: the statistics were given."""
-        self.job.total, self.job.product = self._small(total), self._small(product)
-        gradients = self._gradients(weight, count)
-        self._run("map_backward")
-        out = self._make("apply_backward") if need_input else ()
+        job = self.work.job
+        sums = self.kept([as_simple(tensor, torch.float64) for tensor in (total, product)])
+        job.total, job.product = [tensor.data_ptr() for tensor in sums]
+        gradients = self.work.gradients(*self.simple(weight), count)
+        self.work.run("map_backward")
+        out = self.kept(self.work.outputs(self.parts, "apply_backward")) if need_input else ()
         if need_input:
             self._sweep("apply_backward")
-        self._done()
+        self.work.done()
+        del self.work
         return put_back(out, self.like) if need_input else (), *gradients
+
+
+def as_simple(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A small tensor, copied if its numbers are not of that dtype and one after the other."""
+    if tensor is None or (tensor.dtype is dtype and is_simple(tensor)):
+        return tensor
+    return tensor.detach().resolve_neg().to(dtype).contiguous()
+
+
+def movable(mean: Tensor | None, covar: Tensor | None, batches: Tensor | None) -> bool:
+    """Whether a loop can move such running statistics."""
+    one = covar if mean is None else mean
+    real = torch.float32 if one is not None and one.dtype is torch.float32 else torch.float64
+    return all(
+        tensor is None or (tensor.dtype is dtype and tensor.is_cpu and can_be_written(tensor))
+        for tensor, dtype in ((mean, real), (covar, real), (batches, torch.int64))
+    )
+
+
+# --- tensors that are taken as they are --------------------------------------------------------
+
+
+class Direct(NamedTuple):
+    """A forward or backward where nothing is to be copied, or looked at."""
+
+    plan: Plan
+
+    def forward(self, input, imag, mean, covar, weight, bias, eps, engine):
+        work = take(self.plan)
+        parts = (input,) if imag is None else (input, imag)
+        return *work.forward(parts, mean, covar, weight, bias, eps), work
+
+    def backward(self, input, imag, grad, grad_imag, mean, covar, weight, eps, count, need_input):
+        parts, grads = ((input,), (grad,)) if imag is None else ((input, imag), (grad, grad_imag))
+        state = mean, covar, weight, eps, count, need_input
+        return take(self.plan).backward(parts, grads, *state)
+
+
+def direct(
+    parts: tuple[Tensor, ...],
+    small: tuple[tuple[Tensor | None, ...], ...],
+    moved: tuple[Tensor | None, ...] | None,
+) -> Direct | None:
+    """The way for tensors that the loops take as they are; None where some must be copied.
+
+    It serves all calls with tensors that differ from these in nothing but their numbers.
+
+    Args:
+        parts: of the input, and of the gradient in a backward.
+        small: groups of statistics or parameters which are read together.
+        moved: running mean, running covariance and number of batches, if they are to be moved.
+    """
+    first = parts[0]
+    found = plan(first.shape, first.stride(), first.dtype, torch.get_num_threads())
+    if found is None or (found.threads > 1 and native.openmp() is None):
+        return None
+    together = all(t.shape == first.shape and in_step(t, first) is t for t in parts)
+    if together and all(map(is_uniform, small)) and (moved is None or movable(*moved)):
+        return Direct(found)
+    return None
+
+
+def is_uniform(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether all are of one dtype, float32 or float64, and simple."""
+    there = [tensor for tensor in tensors if tensor is not None]
+    dtypes = {tensor.dtype for tensor in there}
+    return len(dtypes) <= 1 and dtypes <= SMALL and all(t.is_cpu and is_simple(t) for t in there)
