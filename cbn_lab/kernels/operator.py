@@ -83,7 +83,7 @@ def whiten_watched(
     input: Tensor, imag: Tensor | None, *args: Any, running: Running | None
 ) -> Parts:
     """:func:`whiten` as one operator for who watches; torch.func is refused what cannot be."""
-    plain = is_plain(input, imag, *args[:4])
+    plain = is_plain((input, imag, *args[:4]))
     run = Whiten.apply if plain else torch.ops.cbn_lab.complex_batch_norm
     y, y_imag, mean, covar = run(input, imag, *args)
     if running is not None:
@@ -91,7 +91,7 @@ def whiten_watched(
     return (y,) if imag is None else (y, y_imag)
 
 
-def is_plain(*tensors: Tensor | None) -> bool:
+def is_plain(tensors: tuple[Any, ...]) -> bool:
     """Whether nothing watches the call: no compiler, no tracer, no dispatch mode, no subclass."""
     return not (
         is_compiling()
@@ -113,7 +113,7 @@ def recall_call(given: tuple[Any, ...], settings: tuple) -> Known | None:
         given: input or its parts, running mean and covariance, weight, bias, number of batches.
         settings: whether in training, the engine, and what else makes calls different.
     """
-    if not is_plain(*given) or is_transformed():
+    if not is_plain(given) or is_transformed():
         return None
     return recall.recall(given, settings)
 
@@ -123,7 +123,7 @@ def learn_call(given: tuple[Tensor | None, ...], settings: tuple) -> Known | Non
     *parts, mean, covar, weight, bias, batches = given
     training, engine, *_ = settings
     check_engine(engine, parts[0].device.type)
-    if not is_plain(*given) or is_transformed():
+    if not is_plain(given) or is_transformed():
         return None
     if training:
         found = direct_way(engine, parts, [(weight, bias)], moved=(mean, covar, batches))
@@ -273,13 +273,13 @@ def sweep_backward(
     engine: str,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor]:
     """Gradients of input, imag, weight and bias; None for what is not needed or not there."""
-    count = values_per_channel(input) if training else None
     tensors = input, imag, grad, grad_imag, mean, covar, weight
     way = direct_backward(tensors, engine)
     if way is not None:
-        x, weight_grad, bias_grad = way.backward(*tensors, eps, count, need_input)
+        x, weight_grad, bias_grad = way.backward(*tensors, eps, training, need_input)
         return *(*x, None, None)[:2], weight_grad, bias_grad
     sweep, grads = start(widened(input, imag), eps, engine), widened(grad, grad_imag)
+    count = values_per_channel(input) if training else None
     x, weight_grad, bias_grad = sweep.backward(grads, mean, covar, weight, count, need_input)
     x, x_imag = (*as_dtype(x, input.dtype), None, None)[:2]
     dtypes = gradient_dtypes(weight)

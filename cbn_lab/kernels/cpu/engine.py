@@ -343,10 +343,10 @@ class Direct(NamedTuple):
         parts = (input,) if imag is None else (input, imag)
         return *work.forward(parts, mean, covar, weight, bias, eps), work
 
-    def backward(self, input, imag, grad, grad_imag, mean, covar, weight, eps, count, need_input):
+    def backward(self, input, imag, grad, grad_imag, mean, covar, weight, eps, training, need):
         parts, grads = ((input,), (grad,)) if imag is None else ((input, imag), (grad, grad_imag))
-        state = mean, covar, weight, eps, count, need_input
-        return take(self.plan).backward(parts, grads, *state)
+        count = self.plan.count if training else None
+        return take(self.plan).backward(parts, grads, mean, covar, weight, eps, count, need)
 
 
 def direct(

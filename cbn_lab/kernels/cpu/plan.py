@@ -47,6 +47,7 @@ class Plan:
     layout: Layout
     loops: dict[str, native.Loop]
     job: bytes  # a Job with counts, blocks and strides filled in
+    count: int  # values per channel
     interleaved: bool
     beside: int  # bytes from a real to its imaginary number, if they are in one tensor
     room: int  # bytes of scratch memory
@@ -83,6 +84,7 @@ def plan(
         layout=found,
         loops=code,
         job=bytes(job),
+        count=job.count,
         interleaved=dtype.is_complex,
         beside=size if dtype.is_complex else 0,
         room=room,
