@@ -9,6 +9,7 @@ with mean μ and **biased** variance σ² of each channel over batch and space. 
 stores the **unbiased** one. Conventions, names and ``state_dict`` are those of ``torch.nn``.
 """
 
+import operator
 from typing import Any
 
 import torch
@@ -179,8 +180,8 @@ def update_running(
 class NormBase(nn.Module):
     """What all batch norms here share: constructor, parameters, statistics, choice of mode.
 
-    Subclasses name the tensors that a channel needs: for each parameter and each statistic the
-    value it starts from, a number (shape (C,)) or a tuple of k numbers (shape (C, k)).
+    Subclasses name what a channel needs, ``weight`` and ``bias`` and two statistics, each with the
+    value it starts from: a number (shape (C,)) or a tuple of k numbers (shape (C, k)).
     """
 
     _version = 2  # as torch's: version 1 had no num_batches_tracked
@@ -202,7 +203,7 @@ class NormBase(nn.Module):
     ) -> None:
         super().__init__()
         dtype = checks.check_construction(num_features, self.parameter_dtype(dtype))
-        self.num_features = num_features
+        self.num_features = operator.index(num_features)
         self.eps = eps
         self.momentum = momentum
         self.affine = affine
@@ -261,25 +262,23 @@ class NormBase(nn.Module):
         Returns:
             statistics, weight, bias, the counter if the batch counts, ``training``, ``momentum``.
         """
-        mean, spread, weight, bias, count = self.state()
+        mean, spread, weight, bias = self.state()
         if self.training and self.track_running_stats:
-            momentum = self.average_factor() if self.momentum is None else self.momentum
-            return mean, spread, weight, bias, count, True, momentum
-        if self.training:  # neither used nor moved
+            own, name = self._buffers, "num_batches_tracked"
+            count = own[name] if name in own else getattr(self, name)
+            return mean, spread, weight, bias, count, True, self.average_factor()
+        if self.training:  # statistics, if there are any, are neither used nor moved
             return None, None, weight, bias, None, True, 0.0
         return mean, spread, weight, bias, None, mean is None and spread is None, 0.0
 
     def state(self) -> tuple[Tensor | None, ...]:
-        """Statistics, weight, bias, counter; as attributes they would be looked for elsewhere."""
+        """Statistics, weight and bias; as attributes they would be looked for elsewhere first."""
         buffers, parameters = self._buffers, self._parameters
         mean, spread = self.initial_statistics
         try:
-            statistics = buffers[mean], buffers[spread]
-            count = buffers["num_batches_tracked"]
-            return *statistics, parameters["weight"], parameters["bias"], count
+            return buffers[mean], buffers[spread], parameters["weight"], parameters["bias"]
         except KeyError:  # one of them is computed by torch.nn.utils.parametrize
-            names = mean, spread, "weight", "bias", "num_batches_tracked"
-            return tuple([getattr(self, name) for name in names])
+            return tuple([getattr(self, name) for name in (mean, spread, "weight", "bias")])
 
     def average_factor(self) -> float | Tensor:
         """The weight of the batch at hand, which has not been counted yet."""

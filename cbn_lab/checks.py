@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cbn_lab.shapes import values_per_channel
+
 
 def check_construction(num_features: int, dtype: torch.dtype | None) -> torch.dtype:
     """The dtype of parameters and statistics, which is real."""
@@ -66,7 +68,10 @@ def check_complex(input: Tensor) -> None:
         )
 
 
-def check_pair(real: Tensor, imag: Tensor) -> None:
+def check_pair(parts: Sequence[Any]) -> None:
+    if len(parts) != 2:
+        raise TypeError(f"expected two real tensors as a pair, got {len(parts)} values")
+    real, imag = parts
     for part in (real, imag):
         check_tensor(part)
         if not part.is_floating_point():
@@ -133,7 +138,7 @@ def check_enough_values(input: Tensor) -> int:
 
     One value has no spread: its biased variance is 0 and the unbiased one 0/0.
     """
-    count = input.numel() // max(input.shape[1], 1)
+    count = values_per_channel(input)
     if count < 2:
         raise ValueError(
             "expected more than 1 value per channel when training, got "

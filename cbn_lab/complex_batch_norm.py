@@ -20,6 +20,7 @@ from cbn_lab import checks, kernels
 from cbn_lab.batch_norm import NormBase, batch_norm
 from cbn_lab.kernels.reference import Pair
 from cbn_lab.running_stats import Running, bessel
+from cbn_lab.shapes import values_per_channel
 
 
 def complex_batch_norm(
@@ -70,26 +71,35 @@ def whitened(
     layer: NormBase | None = None,
 ) -> Tensor | Pair:
     """:func:`complex_batch_norm`, also for a layer, which says by itself what input it takes."""
-    parts = tuple(input) if isinstance(input, (tuple, list)) else (input,)
+    parts = parts_of(input)
     given = *parts, running_mean, running_covar, weight, bias, batches
-    settings = training, engine, None if layer is None else (layer.num_features, layer.ranks)
-    known = kernels.recall_call(given, settings)
+    kind = None if layer is None else (layer.num_features, *layer.ranks)
+    settings = bool(training), str(engine), isinstance(input, Tensor), kind
+    watched = kernels.is_watched(given)
+    known = None if watched else kernels.recall_call(given, settings)
+    if layer is not None and (known is None or type(layer).check_input is not NormBase.check_input):
+        layer.check_input(part_of(input))
     if known is None:
-        if layer is not None:
-            layer.check_input(part_of(input))
         check_arguments(input, running_mean, running_covar, weight, bias, training)
+    checks.check_settings(eps, momentum, training)
+    if known is None:
         checks.check_counter(batches)
         if training:
             checks.check_enough_values(parts[0])
-        known = kernels.learn_call(given, settings)
-    checks.check_settings(eps, momentum, training)
+        kernels.check_engine(engine, parts[0].device.type)
+        known = None if watched else kernels.learn_call(given, settings)
     mean, covar, running = running_mean, running_covar, None
     if training:
         mean = covar = None
-        unbiased = bessel(kernels.values_per_channel(parts[0]))
+        unbiased = bessel(values_per_channel(parts[0]))
         running = Running(running_mean, running_covar, batches, momentum, unbiased)
     output = kernels.whiten(parts, mean, covar, weight, bias, eps, engine, running, known)
     return output if len(output) == 2 else output[0]
+
+
+def parts_of(input: Tensor | Pair) -> tuple[Tensor, ...]:
+    """The complex tensor or the two real ones, or whatever came."""
+    return tuple(input) if isinstance(input, (tuple, list)) else (input,)
 
 
 def check_arguments(
@@ -99,8 +109,7 @@ def check_arguments(
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-) -> tuple[Tensor, ...]:
-    """The complex tensor or the two real ones, once everything has been found as it must be."""
+) -> None:
     re = part_of(input)
     checks.check_channels(re, channels(re, running_mean, running_covar, weight, bias))
     c, device = re.shape[1], re.device
@@ -110,7 +119,6 @@ def check_arguments(
     checks.check_shape("bias", bias, (c, 2), device)
     if not training:
         checks.check_statistics_given(running_mean=running_mean, running_covar=running_covar)
-    return tuple(input) if isinstance(input, (tuple, list)) else (input,)
 
 
 def channels(re: Tensor, *given: Tensor | None) -> int:
@@ -124,7 +132,7 @@ def channels(re: Tensor, *given: Tensor | None) -> int:
 def part_of(input: Tensor | Pair) -> Tensor:
     """One tensor that has the shape and device of the whole, checked to be what it must be."""
     if isinstance(input, (tuple, list)):
-        checks.check_pair(*input)
+        checks.check_pair(input)
         return input[0]
     checks.check_complex(input)
     return input
@@ -133,7 +141,7 @@ def part_of(input: Tensor | Pair) -> Tensor:
 def split(input: Tensor | Pair) -> Pair:
     """Real and imaginary part."""
     part_of(input)
-    return tuple(input) if isinstance(input, (tuple, list)) else (input.real, input.imag)
+    return (input.real, input.imag) if isinstance(input, Tensor) else tuple(input)
 
 
 def naive_complex_batch_norm(
@@ -166,6 +174,14 @@ def naive_complex_batch_norm(
 
 
 class _ComplexNormBase(NormBase):
+    def forward(
+        self,
+        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
+        imag: Float[Tensor, "N C *spatial"] | None = None,
+    ) -> Complex[Tensor, "N C *spatial"] | Pair:
+        """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
+        return self.normalise(input if imag is None else (input, imag))
+
     def parameter_dtype(self, dtype: torch.dtype | None) -> torch.dtype | None:
         """``dtype=torch.complex64`` asks for float32: parameters and statistics are real."""
         return dtype.to_real() if dtype is not None and dtype.is_complex else dtype
@@ -196,13 +212,7 @@ class _NaiveComplexBatchNorm(_ComplexNormBase):
     initial_parameters = {"weight": (1.0, 1.0), "bias": (0.0, 0.0)}
     initial_statistics = {"running_mean": (0.0, 0.0), "running_var": (1.0, 1.0)}
 
-    def forward(
-        self,
-        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
-        imag: Float[Tensor, "N C *spatial"] | None = None,
-    ) -> Complex[Tensor, "N C *spatial"] | Pair:
-        """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
-        value = input if imag is None else (input, imag)
+    def normalise(self, value: Tensor | Pair) -> Tensor | Pair:
         self.check_input(part_of(value))
         return self.run(naive_complex_batch_norm, value)
 
@@ -227,13 +237,7 @@ class _ComplexBatchNorm(_ComplexNormBase):
         "running_covar": (math.sqrt(0.5), math.sqrt(0.5), 0.0),
     }
 
-    def forward(
-        self,
-        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
-        imag: Float[Tensor, "N C *spatial"] | None = None,
-    ) -> Complex[Tensor, "N C *spatial"] | Pair:
-        """``bn(z)`` for complex z, or ``bn(re, im)``, which returns a pair."""
-        value = input if imag is None else (input, imag)
+    def normalise(self, value: Tensor | Pair) -> Tensor | Pair:
         # The engine counts the batch with the statistics: an addition of its own would take as long
         # as the arithmetic of a small layer.
         return whitened(value, *self.arguments(), self.eps, layer=self)

@@ -22,6 +22,7 @@ from cbn_lab.complex_batch_norm import (
 )
 from cbn_lab.kernels import operator, reference
 from cbn_lab.running_stats import Running, bessel
+from cbn_lab.shapes import values_per_channel
 
 
 def sync_complex_batch_norm(
@@ -48,13 +49,11 @@ def sync_complex_batch_norm(
     if not training or world_size(process_group) == 1:
         mode = dict(training=training, momentum=momentum, eps=eps)
         return complex_batch_norm(*given, **mode, num_batches_tracked=num_batches_tracked)
-    parts = check_arguments(*given, training)
+    check_arguments(*given, training)
     checks.check_settings(eps, momentum, training)
     checks.check_counter(num_batches_tracked)
-    imag = parts[1] if len(parts) == 2 else None
-    y, y_imag, mean, covar, count = SyncWhiten.apply(
-        parts[0], imag, weight, bias, eps, process_group
-    )
+    re, imag = (input, None) if isinstance(input, Tensor) else input
+    y, y_imag, mean, covar, count = SyncWhiten.apply(re, imag, weight, bias, eps, process_group)
     state = running_mean, running_covar, num_batches_tracked
     Running(*state, momentum, bessel(int(count))).update_(mean, covar)
     return y if imag is None else (y, y_imag)
@@ -94,7 +93,7 @@ class SyncWhiten(torch.autograd.Function):
     def forward(ctx: Any, input, imag, weight, bias, eps, group):
         parts = operator.widened(input, imag)
         sweep = operator.start(parts, eps, "auto")
-        count = operator.values_per_channel(input)
+        count = values_per_channel(input)
         c = input.shape[1]
         empty = (parts[0].real.new_zeros(c, k, dtype=torch.float64) for k in (2, 3))
         mean, covar = sweep.moments() if count else empty
@@ -152,12 +151,7 @@ class SyncComplexBatchNorm(_ComplexBatchNorm):
         super().__init__(*args, **kwargs)
         self.process_group = process_group
 
-    def forward(
-        self,
-        input: Complex[Tensor, "N C *spatial"] | Float[Tensor, "N C *spatial"],
-        imag: Float[Tensor, "N C *spatial"] | None = None,
-    ) -> Complex[Tensor, "N C *spatial"] | Pair:
-        value = input if imag is None else (input, imag)
+    def normalise(self, value: Tensor | Pair) -> Tensor | Pair:
         self.check_input(part_of(value))
         *state, count, training, momentum = self.arguments()
         mode = dict(training=training, momentum=momentum, eps=self.eps)

@@ -55,6 +55,20 @@ class Running(NamedTuple):
     factor: float | Tensor
     unbiased: float  # what the batch's covariance is multiplied by
 
+    def moved(self) -> list[Tensor]:
+        """What an update moves.
+
+        Raises:
+            RuntimeError: where torch would refuse to write, which it does when it has written.
+        """
+        moved = [tensor for tensor in self[:3] if tensor is not None]
+        if any(map(Tensor.is_inference, moved)) and not torch.is_inference_mode_enabled():
+            raise RuntimeError(
+                "expected running statistics that can be updated, got ones made in inference "
+                "mode, which can only be updated there; clone() them outside"
+            )
+        return moved
+
     def update_(self, mean: Tensor, covar: Tensor) -> None:
         if self.mean is not None:
             update_(self.mean, mean, self.factor)

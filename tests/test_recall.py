@@ -3,6 +3,7 @@
 import gc
 import re
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import oracle
@@ -15,7 +16,7 @@ from torch import nn
 import cbn_lab
 from cbn_lab import ComplexBatchNorm1d, ComplexBatchNorm2d, kernels
 from cbn_lab import functional as F
-from cbn_lab.kernels import operator, recall
+from cbn_lab.kernels import recall
 from cbn_lab.kernels.cpu import engine as cpu_engine
 
 
@@ -189,7 +190,7 @@ def test_a_number_of_threads_of_its_own():
         for threads in (1, 2):
             torch.set_num_threads(threads)
             F.complex_batch_norm(z, None, None, training=True)
-            known = operator.recall_call((z, *[None] * 5), (True, "auto", None))
+            known = recall.recall_call((z, *[None] * 5), (True, "auto", True, None))
             assert known.direct.plan.threads == threads
     finally:
         torch.set_num_threads(before)
@@ -201,6 +202,8 @@ WRONG = {
     "channels": lambda a: a | dict(input=a["input"][:, :2]),
     "real": lambda a: a | dict(input=a["input"].real),
     "none": lambda a: a | dict(input=None),
+    "one part": lambda a: a | dict(input=[a["input"]]),
+    "three parts": lambda a: a | dict(input=(a["input"],) * 3),
     "number": lambda a: a | dict(input=3),
     "meta": lambda a: a | dict(input=a["input"].to("meta")),
     "one value": lambda a: a | dict(input=a["input"][:1, :, :1, :1]),
@@ -214,6 +217,8 @@ WRONG = {
     "eps": lambda a: a | dict(eps=-1.0),
     "momentum": lambda a: a | dict(momentum=None),
     "engine": lambda a: a | dict(engine="fast"),
+    "engines": lambda a: a | dict(engine=["numba"]),
+    "momentum before the engine": lambda a: a | dict(momentum=None, engine="fast"),
 }
 
 
@@ -247,7 +252,10 @@ def test_after_good_calls_a_bad_one_is_refused_as_ever(name, alike):
     assert torch.equal(mean, good["running_mean"]) and good["num_batches_tracked"] == 2
 
 
-@pytest.mark.parametrize("name", ["rank", "channels", "real", "none", "number", "one value"])
+INPUTS = ["rank", "channels", "real", "none", "number", "one part", "three parts", "one value"]
+
+
+@pytest.mark.parametrize("name", INPUTS)
 def test_after_good_calls_a_layer_refuses_a_bad_input_as_ever(name, alike):
     bn, good = ComplexBatchNorm2d(3), arguments()
     bad = WRONG[name](good)["input"]
@@ -267,6 +275,112 @@ def test_what_one_layer_takes_another_may_refuse():
         ComplexBatchNorm1d(3, **options)(z)
     with pytest.raises(ValueError, match="expected 5 channels"):
         ComplexBatchNorm2d(5, **options)(z)
+
+
+def test_a_layer_that_checks_more_does_so_every_time():
+    class Even(ComplexBatchNorm2d):
+        ranks = [4]  # a list, which cannot be hashed
+
+        def check_input(self, input):
+            super().check_input(input)
+            if input.shape[-1] % 2:
+                raise ValueError("expected an even width")
+
+    z = oracle.correlated(6, 3, 4, 5).cfloat()
+    for _ in range(2):
+        ComplexBatchNorm2d(3)(z)
+        Even(3)(z[..., :4])
+        with pytest.raises(ValueError, match="even width"):
+            Even(3)(z)
+
+
+@pytest.mark.parametrize("within", ["inference mode", "an operator's kernel", "nothing"])
+def test_statistics_of_inference_mode_are_refused_whatever_was_known(within, alike):
+    """Their guards look alike where inference mode, or an operator, hides what tells them apart."""
+    z = oracle.correlated(6, 3, 4, 4).cfloat()
+    learn, state = ComplexBatchNorm2d(3, affine=False), ComplexBatchNorm2d(3, affine=False)
+    with torch.inference_mode():
+        made, other = [buffer.clone() for buffer in state.buffers()], z.clone()
+    for name, tensor in zip(dict(state.named_buffers()), made, strict=True):
+        state._buffers[name] = tensor
+
+    @torch.library.custom_op("cbn_lab_test::run", mutates_args=())
+    def run(z: torch.Tensor) -> torch.Tensor:
+        return learn(z) + 0
+
+    if within == "inference mode":
+        with torch.inference_mode():
+            learn(z)
+    else:
+        (run if within == "an operator's kernel" else learn)(z)
+    with pytest.raises(RuntimeError, match="made in inference mode"):
+        state(other)
+    assert not state.running_mean.any() and state.num_batches_tracked == 0
+
+
+def test_a_hook_may_call_the_layer_again(alike):
+    bn, z = ComplexBatchNorm2d(3), oracle.correlated(6, 3, 4, 4).cfloat()
+    grad, found = torch.ones_like(z), []
+    expected = step(bn, z, grad)
+    leaf = z.clone().requires_grad_()
+
+    def hook(_):
+        with torch.enable_grad():
+            found.append(step(bn, z, grad))
+
+    leaf.register_hook(hook)
+    y = bn(leaf)
+    y.register_hook(hook)
+    y.backward(grad)
+    for again in (*found, (y.detach(), leaf.grad)):
+        assert all(map(torch.equal, again, expected))
+    assert len(found) == 2
+
+
+def test_threads_that_call_at_the_same_time():
+    layers = [ComplexBatchNorm2d(3) for _ in range(4)]
+    z = [oracle.correlated(6, 3, 8, 8 + k % 2).cfloat() for k in range(4)]
+    expected = [step(bn, x, torch.ones_like(x)) for bn, x in zip(layers, z, strict=True)]
+
+    def run(k):
+        return [step(layers[k], z[k], torch.ones_like(z[k])) for _ in range(50)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for steps, one in zip(pool.map(run, range(4)), expected, strict=True):
+            assert all(
+                torch.equal(a, b) for again in steps for a, b in zip(again, one, strict=True)
+            )
+
+
+def test_autocast_and_transforms_of_a_known_call():
+    z = oracle.correlated(6, 3, 4, 4).cfloat()
+
+    def loss(z):
+        return F.complex_batch_norm(z, None, None, training=True).real.pow(3).sum()
+
+    leaf = z.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(leaf), leaf)
+    with torch.autocast("cpu"):
+        for _ in range(2):
+            assert torch.equal(torch.autograd.grad(loss(leaf), leaf)[0], expected)
+    torch.testing.assert_close(torch.func.grad(loss)(z), expected)
+    with pytest.raises(RuntimeError):
+        torch.func.vmap(loss)(z[None])
+
+
+def test_what_a_sweep_has_copied_lives_as_long():
+    """Its loops have addresses alone, and another step may come after much else."""
+    z, grad = (oracle.correlated(64, 8, 4, 4).cfloat() for _ in "zg")
+    turned = grad.transpose(2, 3).contiguous().transpose(2, 3)  # copied, to lie as z does
+    sweep, reference = cpu_engine.Sweep((z,), 1e-5), kernels.operator.reference.Sweep((z,), 1e-5)
+    mean, covar = sweep.moments()
+    sweep.take_gradient((turned,), mean.float(), covar.float())
+    rubbish = [torch.full((64, 8, 4, 4), torch.nan, dtype=torch.cfloat) for _ in range(8)]
+    rubbish += [torch.full((8, k), torch.nan, dtype=torch.float64) for k in (2, 3) for _ in "1234"]
+    reference.take_gradient((grad,), mean.float().double(), covar.float().double())
+    for found, expected in zip(sweep.gram(), reference.gram(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    del rubbish
 
 
 def test_a_saved_tensor_that_comes_back_different_is_seen(alike):
@@ -386,7 +500,7 @@ def test_what_is_known_changes_no_bit(run):
         found = results(run)
         kernels.forget()
         with (
-            mock.patch.object(recall, "recall", lambda *call: None),
+            mock.patch.object(kernels, "recall_call", lambda *call: None),
             mock.patch.object(cpu_engine, "direct", lambda *tensors: None),
         ):
             expected = results(run)

@@ -6,8 +6,9 @@ them together.
 """
 
 from cbn_lab.kernels.operator import ENGINES as ENGINES
+from cbn_lab.kernels.operator import check_engine as check_engine
 from cbn_lab.kernels.operator import forget as forget
+from cbn_lab.kernels.operator import is_watched as is_watched
 from cbn_lab.kernels.operator import learn_call as learn_call
-from cbn_lab.kernels.operator import recall_call as recall_call
-from cbn_lab.kernels.operator import values_per_channel as values_per_channel
 from cbn_lab.kernels.operator import whiten as whiten
+from cbn_lab.kernels.recall import recall_call as recall_call

@@ -25,6 +25,7 @@ from torch.compiler import is_compiling
 from cbn_lab.kernels import recall, reference
 from cbn_lab.kernels.recall import Known
 from cbn_lab.running_stats import Running
+from cbn_lab.shapes import values_per_channel
 
 ENGINES = {
     "reference": "cbn_lab.kernels.reference",
@@ -59,7 +60,7 @@ def whiten(
         eps: added to both variances.
         engine: "auto", "reference", "numba" (CPU) or "triton" (CUDA).
         running: moved towards the statistics of the batch, once all has succeeded.
-        known: what :func:`recall_call` or :func:`learn_call` has said of the call.
+        known: what is known of such calls; None where :func:`is_watched`.
 
     Returns:
         the output in the form of ``parts``.
@@ -82,7 +83,7 @@ def whiten(
 def whiten_watched(
     input: Tensor, imag: Tensor | None, *args: Any, running: Running | None
 ) -> Parts:
-    """:func:`whiten` as one operator for who watches; torch.func is refused what cannot be."""
+    """:func:`whiten` for a compiler, a tracer, a mode or torch.func: one operator they can see."""
     plain = is_plain((input, imag, *args[:4]))
     run = Whiten.apply if plain else torch.ops.cbn_lab.complex_batch_norm
     y, y_imag, mean, covar = run(input, imag, *args)
@@ -91,8 +92,15 @@ def whiten_watched(
     return (y,) if imag is None else (y, y_imag)
 
 
+def is_watched(given: tuple[Any, ...]) -> bool:
+    """Whether somebody follows the call, or will want its derivative in another way."""
+    return (
+        not is_plain(given) or _are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
+
+
 def is_plain(tensors: tuple[Any, ...]) -> bool:
-    """Whether nothing watches the call: no compiler, no tracer, no dispatch mode, no subclass."""
+    """Whether there is no compiler, no tracer, no dispatch mode, no subclass."""
     return not (
         is_compiling()
         or _len_torch_dispatch_stack()
@@ -101,30 +109,15 @@ def is_plain(tensors: tuple[Any, ...]) -> bool:
     )
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode differentiation is at work."""
-    return _are_functorch_transforms_active() or forward_ad._current_level >= 0
-
-
-def recall_call(given: tuple[Any, ...], settings: tuple) -> Known | None:
-    """What is known of calls like this one; None where it is watched, or the first of its kind.
+def learn_call(given: tuple[Tensor | None, ...], settings: tuple) -> Known:
+    """Keep in mind a call whose arguments have passed all checks.
 
     Args:
         given: input or its parts, running mean and covariance, weight, bias, number of batches.
         settings: whether in training, the engine, and what else makes calls different.
     """
-    if not is_plain(given) or is_transformed():
-        return None
-    return recall.recall(given, settings)
-
-
-def learn_call(given: tuple[Tensor | None, ...], settings: tuple) -> Known | None:
-    """Keep in mind a call whose arguments have passed all checks; None where it is watched."""
     *parts, mean, covar, weight, bias, batches = given
     training, engine, *_ = settings
-    check_engine(engine, parts[0].device.type)
-    if not is_plain(given) or is_transformed():
-        return None
     if training:
         found = direct_way(engine, parts, [(weight, bias)], moved=(mean, covar, batches))
     else:
@@ -290,7 +283,7 @@ def direct_backward(tensors: tuple[Tensor | None, ...], engine: str) -> Any:
     """The engine's way for a backward of which it takes all tensors as they are, or None."""
     if not PLAIN.issuperset(map(type, tensors)):
         return None
-    known = recall.recall(tensors, ("backward", engine))
+    known = recall.recall_call(tensors, ("backward", engine))
     if known is None:
         *parts, mean, covar, weight = tensors
         parts = [part for part in parts if part is not None]
@@ -312,10 +305,6 @@ def backward(input: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     """:func:`sweep_backward` for callers that must be given tensors."""
     found = sweep_backward(input, *args)
     return tuple(input.new_empty(0) if part is None else part for part in found)
-
-
-def values_per_channel(input: Tensor) -> int:
-    return input.numel() // max(input.shape[1], 1)
 
 
 def widened(input: Tensor, imag: Tensor | None) -> Parts:

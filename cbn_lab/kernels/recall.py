@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-CALLS, VARIANTS = 512, 4  # kept at most: kinds of calls, and examples of each
+CALLS, VARIANTS = 1024, 8  # kept at most: kinds of calls, and examples of each
 
 
 class Known(NamedTuple):
@@ -26,7 +26,7 @@ class Known(NamedTuple):
 _known: dict[tuple, list[Known]] = {}
 
 
-def recall(given: tuple[Any, ...], settings: tuple) -> Known | None:
+def recall_call(given: tuple[Any, ...], settings: tuple) -> Known | None:
     """What is known of calls with such arguments: tensors or None."""
     for known in _known.get(_kind(given, settings), ()):
         if known.alike(*known.tensors(given)):
@@ -36,12 +36,13 @@ def recall(given: tuple[Any, ...], settings: tuple) -> Known | None:
 
 def learn(given: tuple[Tensor | None, ...], settings: tuple, direct: Any) -> Known:
     """Keep what was found out about a call."""
-    if len(_known) >= CALLS:
-        _known.clear()
+    kind = _kind(given, settings)
+    if kind not in _known and len(_known) >= CALLS:
+        del _known[next(iter(_known))]  # the oldest
     there = [place for place, value in enumerate(given) if value is not None]
     tensors = operator.itemgetter(*there) if len(there) > 1 else lambda given: (given[there[0]],)
     known = Known(alike(tensors(given)), tensors, direct)
-    variants = _known.setdefault(_kind(given, settings), [])
+    variants = _known.setdefault(kind, [])
     variants.insert(0, known)
     del variants[VARIANTS:]
     return known
@@ -49,7 +50,9 @@ def learn(given: tuple[Tensor | None, ...], settings: tuple, direct: Any) -> Kno
 
 def _kind(given: tuple[Any, ...], settings: tuple) -> tuple:
     shape = getattr(given[0], "shape", None)
-    return *map(type, given), shape, torch.get_num_threads(), settings
+    # In inference mode the guards do not look at all that they look at elsewhere.
+    mode = torch.is_inference_mode_enabled()
+    return *map(type, given), shape, torch.get_num_threads(), mode, settings
 
 
 def forget() -> None:
@@ -68,7 +71,7 @@ def _guards() -> Callable[..., Any]:
 
     Where this torch has none that work as expected, :class:`Properties`, which take longer.
     """
-    one, turned = torch.empty(2, 3), torch.empty(3, 2).T
+    one, turned = torch.empty(2, 3, device="cpu"), torch.empty(3, 2, device="cpu").T
     try:
         guards = torch._C._dynamo.guards.TensorGuards
         make = functools.partial(guards, dynamic_dims_sizes=None, dynamic_dims_strides=None)

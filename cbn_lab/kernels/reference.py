@@ -122,16 +122,8 @@ class Sweep:
 
     def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
         """The last step of a forward: move the running statistics towards those of the batch."""
-        if running is None:
-            return
-        # torch refuses to write to these too, but only after it has written.
-        if any(t is not None and t.is_inference() for t in running[:3]):
-            if not torch.is_inference_mode_enabled():
-                raise RuntimeError(
-                    "expected running statistics that can be updated, got ones made in inference "
-                    "mode, which can only be updated there; clone() them outside"
-                )
-        running.update_(mean, covar)
+        if running is not None and running.moved():
+            running.update_(mean, covar)
 
     def backward(self, grads, mean, covar, weight, count, need_input):
         """Gradients of input (if needed), weight and bias."""

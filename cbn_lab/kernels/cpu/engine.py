@@ -9,6 +9,7 @@ Results do not depend on the number of threads: the work is cut the same way for
 
 import ctypes
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -150,12 +151,13 @@ class Workspace:
         return out, *gradients
 
     def finish(self, running: Running | None, mean: Tensor, covar: Tensor) -> None:
-        if running is None:
-            pass
-        elif isinstance(running.factor, Tensor):
-            running.update_(mean, covar)
-        else:
-            self.move(running)
+        if running is not None:
+            moved = running.moved()
+            if isinstance(running.factor, Tensor):
+                running.update_(mean, covar)
+            else:
+                self.move(running)
+                increment_version(moved)  # or autograd would not see that they have changed
         self.done()
 
     def move(self, running: Running) -> None:
@@ -165,8 +167,6 @@ class Workspace:
         job.running_mean, job.running_covar = address(mean), address(covar)
         job.batches, job.factor, job.unbiased = address(batches), factor, unbiased
         self.run("move_running")
-        # Or autograd would not see that they have changed.
-        increment_version([tensor for tensor in running[:3] if tensor is not None])
 
     def done(self) -> None:
         """Leave the workspace to others; not called if something was raised before."""
@@ -245,7 +245,10 @@ class Sweep(reference.Sweep):
         return self.kept((grads, as_simple(mean, torch.float64), as_simple(covar, torch.float64)))
 
     def kept(self, tensors):
-        """Python's threads may be at work on them after Ctrl-C has ended the call."""
+        """The loops have only their addresses: they must live as long as the sweep.
+
+        Longer than the call even, where Python's threads go on with it after Ctrl-C.
+        """
         self.keep += tensors
         return tensors
 
@@ -350,8 +353,8 @@ class Direct(NamedTuple):
 
 
 def direct(
-    parts: tuple[Tensor, ...],
-    small: tuple[tuple[Tensor | None, ...], ...],
+    parts: Sequence[Tensor],
+    small: Sequence[tuple[Tensor | None, ...]],
     moved: tuple[Tensor | None, ...] | None,
 ) -> Direct | None:
     """The way for tensors that the loops take as they are; None where some must be copied.

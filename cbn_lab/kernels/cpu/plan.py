@@ -44,7 +44,6 @@ def loops(dtype: torch.dtype, interleaved: bool, rows: bool) -> dict[str, native
 class Plan:
     """All of a sweep that depends only on shapes and strides; made once and kept."""
 
-    layout: Layout
     loops: dict[str, native.Loop]
     job: bytes  # a Job with counts, blocks and strides filled in
     count: int  # values per channel
@@ -81,7 +80,6 @@ def plan(
     job.parallel, job.threads = native.address(native.openmp()), min(tasks, threads)
     room, places = scratch(found.channels, slices)
     return Plan(
-        layout=found,
         loops=code,
         job=bytes(job),
         count=job.count,
