@@ -2,7 +2,7 @@
 
 ``reference`` is plain torch and runs anywhere, ``cpu`` is compiled by numba, ``cuda`` by Triton.
 Each has a class ``Sweep`` with a forward and a backward, whole and in steps; :mod:`operator` puts
-them together.
+them together. :mod:`recall` knows calls again that need not be examined a second time.
 """
 
 from cbn_lab.kernels.operator import ENGINES as ENGINES
