@@ -38,7 +38,7 @@ def learn(given: tuple[Tensor | None, ...], settings: tuple, direct: Any) -> Kno
     """Keep what was found out about a call."""
     kind = _kind(given, settings)
     if kind not in _known and len(_known) >= CALLS:
-        del _known[next(iter(_known))]  # the oldest
+        _known.pop(list(_known)[0], None)  # the oldest, unless another thread was here first
     there = [place for place, value in enumerate(given) if value is not None]
     tensors = operator.itemgetter(*there) if len(there) > 1 else lambda given: (given[there[0]],)
     known = Known(alike(tensors(given)), tensors, direct)
