@@ -467,3 +467,25 @@ def test_compiles_without_a_break():
         for key, value in plain.state_dict().items():
             torch.testing.assert_close(value, compiled.state_dict()[key])
     torch._dynamo.reset()
+
+
+def test_a_layer_may_weigh_the_batch_in_its_own_way():
+    class Halving(ComplexBatchNorm2d):
+        def average_factor(self):
+            return 0.5
+
+    z = (
+        torch.full((2, 3, 2, 2), 4 + 2j, dtype=torch.cfloat)
+        + oracle.correlated(2, 3, 2, 2).cfloat()
+    )
+    layer = Halving(3)
+    layer(z)
+    expected = 0.5 * torch.view_as_real(z.mean((0, 2, 3)))
+    torch.testing.assert_close(layer.running_mean, expected)
+
+
+def test_evaluation_needs_no_counter():
+    layer, z = ComplexBatchNorm2d(3).eval(), oracle.correlated(2, 3, 2, 2).cfloat()
+    expected = layer(z)
+    del layer.num_batches_tracked
+    assert torch.equal(layer(z), expected)
